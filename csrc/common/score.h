@@ -1,0 +1,84 @@
+// Scores of single logits: the order in which they rank, and exp and log.
+//
+// exp and log are written out, in IEEE operations of one fixed sequence, for three reasons: the
+// same bits on every instruction set and C library, a loop over exp that the compiler vectorises,
+// and no symbol of a recent libm in the library.
+#pragma once
+
+#include "common/scalar.h"
+
+namespace torch_routers {
+
+// An integer that ranks a logit: the larger the logit, the larger its key; 0 and -0 have one key.
+// Every NaN has the largest, so that a row with a NaN has NaN weights and is noticed. No logit has
+// the key 0, which thus stands for "none". Of equal keys the lower index comes first.
+template <class T> TORCH_ROUTERS_HOST_DEVICE static inline Bits<T> rank_key(T logit) {
+  constexpr Bits<T> kSign = Bits<T>{1} << (8 * sizeof(T) - 1);
+  const auto bits = bit_cast<Bits<T>>(logit + T{0});  // -0 becomes 0
+  const Bits<T> key = bits & kSign ? ~bits : bits | kSign;
+  return logit != logit ? ~Bits<T>{0} : key;
+}
+
+// e^x by x = n ln 2 + r, |r| <= ln 2 / 2, and a polynomial in r; within 1.5 units in the last place
+// where the result is normal. 2^n is applied in two steps, so that results may be subnormal.
+TORCH_ROUTERS_HOST_DEVICE static inline float own_exp(float x) {
+  constexpr float kRound = 0x1.8p23f;  // added and subtracted again, it rounds to an integer
+  x = x < -104.0f ? -104.0f : x;       // NaN passes both
+  x = x > 89.0f ? 89.0f : x;
+  const float shifted = x * 0x1.715476p+0f + kRound;
+  const float n = shifted - kRound;
+  const float r = (x - n * 0x1.63p-1f) - n * -0x1.bd0106p-13f;
+  float p = 0x1.6d117cp-10f;  // minimax: relative error below 2^-26
+  p = p * r + 0x1.120be2p-7f;
+  p = p * r + 0x1.555518p-5f;
+  p = p * r + 0x1.5554dcp-3f;
+  p = p * r + 0.5f;
+  p = p * r * r + r + 1.0f;
+  const std::uint32_t power = bit_cast<std::uint32_t>(shifted) - bit_cast<std::uint32_t>(kRound);
+  const std::uint32_t half = static_cast<std::uint32_t>(static_cast<std::int32_t>(power) >> 1);
+  const auto scale = [](std::uint32_t k) { return bit_cast<float>((k + 127u) << 23); };
+  return p * scale(half) * scale(power - half);
+}
+
+TORCH_ROUTERS_HOST_DEVICE static inline double own_exp(double x) {
+  constexpr double kRound = 0x1.8p52;
+  x = x < -746.0 ? -746.0 : x;
+  x = x > 710.0 ? 710.0 : x;
+  const double shifted = x * 0x1.71547652b82fep+0 + kRound;
+  const double n = shifted - kRound;
+  const double r = (x - n * 0x1.62e42fee00000p-1) - n * 0x1.a39ef35793c76p-33;
+  double p = 1.0 / 6227020800.0;  // Taylor to r^13: the next term is below 2^-58
+  p = p * r + 1.0 / 479001600.0;
+  p = p * r + 1.0 / 39916800.0;
+  p = p * r + 1.0 / 3628800.0;
+  p = p * r + 1.0 / 362880.0;
+  p = p * r + 1.0 / 40320.0;
+  p = p * r + 1.0 / 5040.0;
+  p = p * r + 1.0 / 720.0;
+  p = p * r + 1.0 / 120.0;
+  p = p * r + 1.0 / 24.0;
+  p = p * r + 1.0 / 6.0;
+  p = p * r + 0.5;
+  p = p * r * r + r + 1.0;
+  const std::uint64_t power = bit_cast<std::uint64_t>(shifted) - bit_cast<std::uint64_t>(kRound);
+  const std::uint64_t half = static_cast<std::uint64_t>(static_cast<std::int64_t>(power) >> 1);
+  const auto scale = [](std::uint64_t k) { return bit_cast<double>((k + 1023u) << 52); };
+  return p * scale(half) * scale(power - half);
+}
+
+// ln x of a normal x >= 1, infinity or NaN, by x = 2^n m, m in [sqrt(1/2), sqrt 2), and
+// ln m = 2 atanh((m - 1) / (m + 1)). In double for float too: a row needs it once.
+TORCH_ROUTERS_HOST_DEVICE static inline double own_log(double x) {
+  const auto bits = bit_cast<std::uint64_t>(x);
+  if (!(x < bit_cast<double>(std::uint64_t{0x7ff} << 52))) return x;  // infinity, NaN
+  constexpr std::uint64_t kHalf = std::uint64_t{0x3fe6a09e667f3bcd};  // sqrt(1/2)
+  const auto n = static_cast<std::int64_t>(bits - kHalf) >> 52;
+  const auto m = bit_cast<double>(bits - (static_cast<std::uint64_t>(n) << 52));
+  const double s = (m - 1.0) / (m + 1.0), z = s * s;
+  double p = 1.0 / 21.0;
+  for (int k = 19; k >= 3; k -= 2) p = p * z + 1.0 / k;
+  const double tail = 2.0 * s * z * p + static_cast<double>(n) * 0x1.a39ef35793c76p-33;
+  return static_cast<double>(n) * 0x1.62e42fee00000p-1 + (2.0 * s + tail);
+}
+
+}  // namespace torch_routers

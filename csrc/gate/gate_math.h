@@ -1,0 +1,71 @@
+// Formulas of gate_kernel.h shared by CPU and CUDA: a softmax from its parts, groups and blocks.
+#pragma once
+
+#include "common/score.h"
+#include "gate/gate_kernel.h"
+
+namespace torch_routers {
+
+template <class T> static constexpr T kLowest = -__builtin_huge_val();
+
+// Unnamed, for the reason why functions are `static` here: see common/scalar.h.
+namespace {
+
+// p_e = exp(x_e - max) / sum. Of a row that is -infinity everywhere, sum and all p are 0.
+template <class T> struct Softmax {
+  T max, sum, scale;
+
+  TORCH_ROUTERS_HOST_DEVICE void set_max(T value) { max = value == kLowest<T> ? T{0} : value; }
+  TORCH_ROUTERS_HOST_DEVICE void set_sum(T value) {
+    sum = value;
+    scale = sum == 0 ? T{0} : 1 / sum;
+  }
+  TORCH_ROUTERS_HOST_DEVICE T probability(T logit) const { return own_exp(logit - max) * scale; }
+  TORCH_ROUTERS_HOST_DEVICE T lse() const {
+    return sum == 0 ? kLowest<T> : static_cast<T>(max + own_log(sum));
+  }
+};
+
+}  // namespace
+
+TORCH_ROUTERS_HOST_DEVICE static inline std::int64_t smaller(std::int64_t a, std::int64_t b) {
+  return a < b ? a : b;
+}
+
+template <class Params>
+TORCH_ROUTERS_HOST_DEVICE static inline std::int64_t group_begin(const Params& p,
+                                                                 std::int64_t group) {
+  return p.group_offsets ? p.group_offsets[group] : 0;
+}
+
+template <class Params>
+TORCH_ROUTERS_HOST_DEVICE static inline std::int64_t group_end(const Params& p,
+                                                               std::int64_t group) {
+  return p.group_offsets ? p.group_offsets[group + 1] : p.tokens;
+}
+
+// The group of a token.
+template <class Params>
+TORCH_ROUTERS_HOST_DEVICE static inline std::int64_t group_of(const Params& p,
+                                                              std::int64_t token) {
+  std::int64_t low = 0, high = p.groups - 1;
+  while (low < high) {
+    const std::int64_t middle = (low + high) / 2;
+    if (token < group_end(p, middle))
+      high = middle;
+    else
+      low = middle + 1;
+  }
+  return low;
+}
+
+// The blocks that tokens [first, past) are in.
+struct Blocks {
+  std::int64_t first, past;
+};
+TORCH_ROUTERS_HOST_DEVICE static inline Blocks blocks_of(std::int64_t first, std::int64_t past) {
+  const std::int64_t block = first / GateShape::kBlock;
+  return {block, first < past ? (past - 1) / GateShape::kBlock + 1 : block};
+}
+
+}  // namespace torch_routers

@@ -1,0 +1,62 @@
+// From a tensor to the kernel of its scalar type and device.
+#pragma once
+
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+
+#include "op/check.h"
+
+namespace torch_routers {
+
+// Calls body.operator()<T>() with the scalar type T of `tensor`.
+template <class Body>
+void dispatch_float_double(const char* op, const char* argument, const Tensor& tensor,
+                           const Body& body) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float: return body.template operator()<float>();
+    case ScalarType::Double: return body.template operator()<double>();
+    default:
+      check(false, op, ": expected ", argument, " in float32 or float64, got ",
+            tensor.scalar_type(), ". Convert it with .float()");
+  }
+}
+
+// Calls cpu(begin, end) over ranges of [0, count) on torch's threads, or cuda(stream) once,
+// depending on where `tensor` lives. `cost`, in elements, of one decides how many a thread is worth.
+template <class Cpu, class Cuda>
+void launch(const Tensor& tensor, std::int64_t count, std::int64_t cost, const Cpu& cpu,
+            [[maybe_unused]] const Cuda& cuda) {
+  constexpr std::int64_t kElementsPerThread = 32768;
+  if (tensor.is_cpu()) {
+    const auto grain = std::max<std::int64_t>(1, kElementsPerThread / std::max<std::int64_t>(1, cost));
+    return torch::stable::parallel_for(0, count, grain, cpu);
+  }
+#ifdef TORCH_ROUTERS_WITH_CUDA
+  const auto device = tensor.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  cuda(torch::stable::accelerator::getCurrentStream(device).nativeHandle());
+#endif
+}
+
+// The elements; null for a tensor that is not there.
+template <class T> const T* data(const Tensor& tensor) {
+  return static_cast<const T*>(tensor.const_data_ptr());
+}
+template <class T> const T* data(const std::optional<Tensor>& tensor) {
+  return tensor ? data<T>(*tensor) : nullptr;
+}
+template <class T> T* mutable_data(const Tensor& tensor) {
+  return static_cast<T*>(tensor.mutable_data_ptr());
+}
+template <class T> T* mutable_data(const std::optional<Tensor>& tensor) {
+  return tensor ? mutable_data<T>(*tensor) : nullptr;
+}
+
+inline std::optional<Tensor> contiguous(const std::optional<Tensor>& tensor) {
+  return tensor ? std::optional(torch::stable::contiguous(*tensor)) : std::nullopt;
+}
+
+}  // namespace torch_routers

@@ -1,0 +1,31 @@
+"""Routing layers for mixtures of experts."""
+
+from torch_routers import _library, losses, ops
+from torch_routers.delivery import attach, collect, follow_inputs
+from torch_routers.layers import MLPExperts, MoE, SwiGLUExperts
+from torch_routers.registry import create_router, from_config, list_routers
+from torch_routers.routers import HashRouter, Router, RouterTraits, TopKRouter
+from torch_routers.routers.topk import ZeroRouterGradientWarning
+from torch_routers.routing import Routing
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "HashRouter",
+    "MLPExperts",
+    "MoE",
+    "Router",
+    "RouterTraits",
+    "Routing",
+    "SwiGLUExperts",
+    "TopKRouter",
+    "ZeroRouterGradientWarning",
+    "attach",
+    "collect",
+    "create_router",
+    "follow_inputs",
+    "from_config",
+    "list_routers",
+    "losses",
+    "ops",
+]

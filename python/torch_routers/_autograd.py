@@ -1,0 +1,137 @@
+"""One declaration of an operator's derivatives, and three routes to the operator that use it.
+
+registered   ``torch.library.register_autograd``: what ``torch.compile``, ``torch.export``, tracers,
+             modes and tensor subclasses see. Under ``torch.func`` it fails: ``grad`` raises and,
+             worse, ``jvp`` returns zeros.
+transformed  a ``Function`` with ``setup_context``, ``jvp`` and ``vmap``: for ``torch.func`` and
+             forward mode, which ``torch.compile`` in turn cannot trace.
+short        a ``Function`` without ``setup_context`` that calls the operator below autograd: plain
+             eager mode. For a small batch the Python layers of the other two cost more than the
+             kernel.
+
+Gradients that nobody asked for arrive as None on every route where torch lets them.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.autograd import Function, forward_ad
+from torch.utils._pytree import tree_map
+
+_PLAIN = frozenset({
+    torch.Tensor, torch.nn.Parameter, type(None), bool, int, float, str, torch.dtype, torch.device,
+})  # fmt: skip
+
+
+def differentiable(
+    op: Any,
+    *,
+    setup_context: Callable,
+    backward: Callable,
+    vmap: Callable,
+    jvp: Callable,
+    autocast: torch.dtype | None = None,
+) -> Callable:
+    """Registers the derivatives of ``op`` and returns it as a function of positional arguments.
+
+    ``setup_context(ctx, inputs, output)``, ``backward(ctx, *grads)``, ``jvp(ctx, *tangents)`` and
+    ``vmap(info, in_dims, *inputs)`` are those of ``torch.autograd.Function``; what is saved for
+    backward is there in ``jvp`` too. ``autocast`` is the dtype the operator runs in under autocast.
+    """
+    name = op._schema.name
+    torch.library.register_autograd(name, backward, setup_context=setup_context)
+    torch.library.register_vmap(name, vmap)
+    if autocast:
+        for device in "cpu", "cuda":
+            torch.library.register_autocast(name, device, autocast)
+
+    def below_autograd(*inputs):
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*inputs)
+
+    def short_forward(ctx, *inputs):
+        output = below_autograd(*inputs)
+        setup_context(ctx, inputs, output)
+        return output
+
+    def setup_transformed(ctx, inputs, output):
+        setup_context(ctx, inputs, output)
+        ctx.save_for_forward(*ctx.to_save)
+
+    def function(**methods):
+        return type(name, (Function,), {key: staticmethod(f) for key, f in methods.items()})
+
+    short = function(forward=short_forward, backward=backward)
+    transformed = function(
+        forward=lambda *inputs: op(*inputs),
+        setup_context=setup_transformed,
+        backward=backward,
+        jvp=jvp,
+        vmap=vmap,
+    )
+
+    @torch.compiler.disable(reason="the forward-mode derivative of an operator cannot be traced")
+    def apply_transformed(*inputs):
+        return transformed.apply(*inputs)
+
+    def call(*inputs):
+        forward_mode = forward_ad._current_level >= 0
+        if torch.compiler.is_compiling() and not forward_mode:
+            return op(*inputs)
+        if autocast and torch._C._is_any_autocast_enabled():  # before the derivatives, not below
+            inputs = [_autocast(x, autocast) for x in inputs]
+            with torch._C._DisableAutocast():
+                return call(*inputs)
+        if forward_mode or torch._C._are_functorch_transforms_active():
+            return apply_transformed(*inputs)
+        if not _is_plain_eager(inputs):
+            return op(*inputs)
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs):
+            return short.apply(*inputs)
+        return below_autograd(*inputs)
+
+    return call
+
+
+def jvp(plain: Callable, inputs, tangents):
+    """``torch.func.jvp(plain, inputs, tangents)[1]`` for use in a ``jvp`` formula.
+
+    Two reverse passes, because forward mode does not nest in ``forward_ad.dual_level()``.
+    """
+    outputs, pull_back = torch.func.vjp(plain, *inputs)
+    _, push_forward = torch.func.vjp(pull_back, tree_map(torch.zeros_like, outputs))
+    return push_forward(tuple(tangents))[0]
+
+
+def vmap_by_loop(call: Callable) -> Callable:
+    """A batching rule that calls the operator once per sample of the batch.
+
+    For operators whose work is launched per sample anyway, and which have no cheaper way to fold a
+    batch into one call.
+    """
+
+    def vmap(info, in_dims, *inputs):
+        samples = [
+            call(*(x if dim is None else x.select(dim, i) for x, dim in zip(inputs, in_dims)))
+            for i in range(info.batch_size)
+        ]
+        return torch.stack(samples), 0
+
+    return vmap
+
+
+def _is_plain_eager(inputs) -> bool:
+    """No subclass, symbolic size or list of tensors; no mode or tracer that wants to see the op."""
+    return (
+        _PLAIN.issuperset(map(type, inputs))
+        and not torch._C._len_torch_dispatch_stack()
+        and not torch._C._len_torch_function_stack()
+        and torch._C._get_tracing_state() is None
+    )
+
+
+def _autocast(x, dtype):
+    """What ``register_autocast`` does to an argument."""
+    cast = isinstance(x, torch.Tensor) and x.is_floating_point() and x.dtype != torch.float64
+    return x.to(dtype) if cast and torch.is_autocast_enabled(x.device.type) else x

@@ -1,0 +1,249 @@
+"""Three ways from a router's losses to the objective: returned, collected, attached.
+
+========== ============================================ ===========================================
+returned   ``routing.aux_loss``                         every mode; you carry it to the loss
+collected  ``with collect(model) as routings``          eager and compiled; not inside a checkpoint
+                                                        that is compiled (an error) or reentrant
+                                                        (an error from ``aux_loss()``)
+attached   ``attached = attach(model)``, then           every mode; nothing to carry
+           ``attached(task_loss).backward()``
+========== ============================================ ===========================================
+
+Nothing here is global: a sink, a scale or a source of context belongs to the routers of one model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from torch_routers.routing import Routing
+
+if TYPE_CHECKING:
+    from torch_routers.routers import Router
+
+
+def routers_of(model: nn.Module, caller: str) -> list[Router]:
+    from torch_routers.routers import Router
+
+    routers = [module for module in model.modules() if isinstance(module, Router)]
+    if not routers:
+        raise ValueError(f"{caller}: expected a model with routers, got {type(model).__name__}")
+    return routers
+
+
+def in_backward() -> bool:
+    """Whether eager autograd is recomputing a checkpoint right now."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+# ---- returned ------------------------------------------------------------------------------------
+
+
+def require_destination(caller: str, router: Router, routing: Routing) -> None:
+    """Raise where a layer is about to discard losses that nothing else delivers."""
+    if routing.aux_loss is not None and not router._sinks and not in_backward():
+        raise RuntimeError(
+            f"{caller}: expected a destination for {len(routing.losses)} losses, got none. "
+            "Use return_routing=True, tr.collect or tr.attach"
+        )
+
+
+# ---- collected -----------------------------------------------------------------------------------
+
+
+class Routings:
+    """What the routers of a model decided, in the order in which they ran."""
+
+    def __init__(self) -> None:
+        self._items: list[Routing] = []
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __iter__(self) -> Iterator[Routing]:
+        return iter(self._items)
+
+    def __getitem__(self, index: int) -> Routing:
+        return self._items[index]
+
+    def aux_loss(self) -> Tensor:
+        """The sum of the auxiliary losses, to add to the task loss.
+
+        Raises:
+            RuntimeError: a routing has no loss, or one whose gradient is lost.
+        """
+        losses = [routing.aux_loss for routing in self]
+        missing = sum(loss is None for loss in losses)
+        if missing or not losses:
+            raise RuntimeError(
+                f"collect: expected routings with an aux_loss, got {missing} of {len(losses)} "
+                "without. They have none in eval mode, without `losses=`, and when `attach` "
+                "already delivers them"
+            )
+        if torch.is_grad_enabled() and not all(loss.requires_grad for loss in losses):
+            raise RuntimeError(
+                "collect: expected losses with a gradient, got one without. Reentrant "
+                "checkpointing detaches them: use use_reentrant=False, or `attach`"
+            )
+        return torch.stack(losses).sum()
+
+
+@contextmanager
+def collect(model: nn.Module) -> Iterator[Routings]:
+    """Gather every `Routing` that the routers of ``model`` produce inside the block.
+
+    Works in training and in eval, eager and compiled, nested, and for several models side by side.
+
+    Raises:
+        ValueError: the model has no router.
+    """
+    routings, routers = Routings(), routers_of(model, "collect")
+    for router in routers:
+        router._sinks = [*router._sinks, routings._items]
+    try:
+        yield routings
+    finally:
+        for router in routers:
+            router._sinks = [sink for sink in router._sinks if sink is not routings._items]
+
+
+# ---- attached ------------------------------------------------------------------------------------
+
+
+class Attached:
+    """Adds the losses of a model's routers to the gradient instead of the loss.
+
+    Call it on the task loss, where you would have written ``+ aux_loss``. The value does not
+    change; backward passes here first and learns what the loss is scaled by after this point
+    (GradScaler, accumulation, the trainer's own factor), so that no one has to say it. Until then
+    the scale is NaN: a forgotten call cannot train another objective in silence.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._routers = routers_of(model, "attach")
+        if any(router._aux_scale is not None for router in self._routers):
+            raise ValueError(
+                "attach: expected a model without attached losses, got one that has them. "
+                "Call remove() on the first"
+            )
+        device = next(model.parameters()).device
+        self.scale = torch.full((), torch.nan, device=device)
+        for router in self._routers:
+            router._aux_scale = self.scale
+
+    def __call__(self, task_loss: Tensor) -> Tensor:
+        """The task loss, through which backward will learn the scale."""
+        return _LearnScale.apply(task_loss, self.scale)
+
+    def remove(self) -> None:
+        """Give the losses back to ``routing.aux_loss``."""
+        for router in self._routers:
+            router._aux_scale = None
+
+
+def attach(model: nn.Module) -> Attached:
+    """Deliver the losses of the model's routers in backward: ``attached(task_loss).backward()``.
+
+    Raises:
+        ValueError: the model has no router, or its losses are attached already.
+    """
+    return Attached(model)
+
+
+class _LearnScale(torch.autograd.Function):
+    @staticmethod
+    def forward(loss, scale):
+        return loss.view_as(loss)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.scale = inputs[1]  # not save_for_backward: it is written below, once per micro-batch
+
+    @staticmethod
+    def backward(ctx, grad):
+        ctx.scale.copy_(grad)
+        return grad, None
+
+
+class Deliver(torch.autograd.Function):
+    """Identity on ``weights`` whose backward gives ``loss`` the gradient ``scale``.
+
+    Backward runs once per micro-batch, however often checkpointing repeats the forward.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(weights, loss, scale):
+        return weights.view_as(weights)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.scale = inputs[2]
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, ctx.scale.clone(), None
+
+
+# ---- context from the model's root ---------------------------------------------------------------
+
+
+class Inputs:
+    """Where routers deep inside a model find what its root was called with."""
+
+    def __init__(self) -> None:
+        self.context: dict[str, Tensor] = {}
+
+    def of_tokens(self, shape: torch.Size) -> dict[str, Tensor]:
+        """The context for a router whose input has this shape: often the tokens are flattened."""
+        return {
+            name: value.reshape(shape) if value.numel() == shape.numel() else value
+            for name, value in self.context.items()
+        }
+
+
+def follow_inputs(model: nn.Module) -> RemovableHandle:
+    """From now on, each call of ``model`` shows its inputs to the routers inside.
+
+    The root's ``attention_mask`` (2-D, 1 = real token) becomes ``valid_mask``, its ``input_ids``
+    become ``token_ids``; what a caller passes to a router directly takes precedence. Remove the
+    returned handle to stop.
+
+    The inputs stay after the call, for the recomputation of checkpoints in backward. Interleaved
+    micro-batches (forward, forward, backward, backward) with eager checkpointing would therefore
+    see the last one's; pass the context explicitly there.
+
+    Raises:
+        ValueError: the model has no router.
+        RuntimeError: the model is compiled: it would ignore the hook. Call this before
+            ``torch.compile``.
+    """
+    if isinstance(model, torch._dynamo.OptimizedModule):
+        raise RuntimeError(
+            "follow_inputs: expected a model that is not compiled, got an OptimizedModule. "
+            "Call it before torch.compile"
+        )
+    inputs = Inputs()
+    routers = routers_of(model, "follow_inputs")
+    for router in routers:
+        router._inputs = inputs
+
+    def hook(module, args, kwargs):
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        tokens = ids if ids is not None else kwargs.get("inputs_embeds")
+        mask = kwargs.get("attention_mask")
+        context = {}
+        if isinstance(ids, Tensor) and not ids.is_floating_point():
+            context["token_ids"] = ids
+        if isinstance(mask, Tensor) and mask.dim() == 2 and tokens is not None:
+            context["valid_mask"] = mask[:, -tokens.shape[1] :].bool()  # the rest is the cache's
+        inputs.context = context
+
+    return model.register_forward_pre_hook(hook, with_kwargs=True)

@@ -1,0 +1,7 @@
+"""Routers: modules that decide which expert sees which token."""
+
+from torch_routers.routers.base import Router, RouterTraits
+from torch_routers.routers.hash import HashRouter
+from torch_routers.routers.topk import TopKRouter
+
+__all__ = ["HashRouter", "Router", "RouterTraits", "TopKRouter"]

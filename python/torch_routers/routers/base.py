@@ -1,0 +1,166 @@
+"""The base of all routers."""
+
+import inspect
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from torch_routers.delivery import Deliver, Inputs, in_backward
+from torch_routers.losses import RouterLoss
+from torch_routers.registry import Configurable
+from torch_routers.routing import Routing
+
+
+class RouterTraits(NamedTuple):
+    """What a caller may rely on, or must provide."""
+
+    batch_dependency: Literal["none", "sequence", "sequence_causal", "batch_train_only", "batch"] = (
+        "none"
+    )
+    """Whether the routing of a token depends on other tokens, and on which."""
+    causal: bool = True
+    """Whether it depends on the past alone."""
+    needs: tuple[str, ...] = ()
+    """Context that a call must bring, such as ``token_ids``."""
+
+
+#: Context that tells about tokens: given to every router, whether it looks or not. Any other
+#: context asks for something, and a router that does not know it says so.
+FACTS = ("token_ids", "row_ids", "group_ids", "task_ids", "state")
+
+
+class Router(Configurable, nn.Module):
+    """Decides, in `route`, which expert sees which token; what all routers share is around it.
+
+    A subclass calls ``super().__init__(num_experts, losses)``, keeps its constructor's arguments
+    under their own names, and writes ``route``. Defining it registers it under its name.
+
+    ``route`` gets ``x`` with masked rows set to zero, outside autocast. A masked token must leave it
+    with indices -1 and weights 0, and be in no count and no statistic; `ops.topk_gate` and
+    `ops.gate` see to that when they get ``valid_mask``.
+    """
+
+    traits: ClassVar[RouterTraits] = RouterTraits()
+
+    def __init__(self, num_experts: int, losses: Sequence[RouterLoss] = ()) -> None:
+        super().__init__()
+        if num_experts < 1:
+            raise ValueError(f"{self._name}: expected num_experts >= 1, got {num_experts}")
+        names = [loss.name for loss in losses]
+        if len(set(names)) < len(names):
+            raise ValueError(f"{self._name}: expected losses with distinct names, got {names}")
+        self.num_experts = num_experts
+        self.losses = nn.ModuleList(losses)
+        # Plain attributes, set here, and a list of lists: what torch.compile can guard and append
+        # to, and what DDP does not broadcast.
+        self._sinks: list[list[Routing]] = []
+        self._aux_scale: Tensor | None = None
+        self._inputs: Inputs | None = None
+
+    def route(self, x: Tensor, *, valid_mask: Tensor | None, **context: Any) -> Routing:
+        """Decide. ``x`` is ``[..., hidden_size]``, ``valid_mask`` ``[...]`` bool or None."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, *, valid_mask: Tensor | None = None, **context: Any) -> Routing:
+        """Route each token of ``x``.
+
+        Args:
+            x: ``[..., hidden_size]``, any floating dtype.
+            valid_mask: ``[...]`` bool, True = real token. The content of masked rows, NaN included,
+                changes nothing anywhere.
+            context: more about the tokens (``token_ids``, ``row_ids``, ``group_ids``, ``task_ids``,
+                ``state``; ignored by routers that do not need it), or what this router can be
+                asked for (such as ``indices``, to replay a routing).
+
+        Raises:
+            ValueError: an argument that does not fit.
+        """
+        if self._inputs is not None:
+            context = {**self._inputs.of_tokens(x.shape[:-1]), **context}
+            followed = context.pop("valid_mask", None)
+            valid_mask = followed if valid_mask is None else valid_mask
+        self._check(x, valid_mask, context)
+        if valid_mask is not None:
+            x = torch.where(valid_mask.unsqueeze(-1), x, 0)  # before any arithmetic: it may be NaN
+        routing = self._route_in_full_precision(x, valid_mask, context)
+        if self.training and self.losses:
+            routing = self._deliver(routing)
+        if self._sinks and not in_backward():
+            for sink in self._sinks:
+                sink.append(routing)
+        return routing
+
+    @property
+    def _wants_statistics(self) -> bool:
+        return self.training and len(self.losses) > 0
+
+    @property
+    def _name(self) -> str:
+        return type(self).__name__
+
+    def _check(self, x: Tensor, valid_mask: Tensor | None, context: dict[str, Any]) -> None:
+        for name in self.traits.needs:
+            if context.get(name) is None:
+                raise ValueError(
+                    f"{self._name}: expected {name}, got none. Pass it by keyword, or use "
+                    "tr.follow_inputs"
+                )
+        for name in context:
+            if name not in FACTS and name not in self._asked_for:
+                raise ValueError(
+                    f"{self._name}: expected context among {[*FACTS, *self._asked_for]}, "
+                    f"got {name!r}"
+                )
+        if valid_mask is not None and (
+            valid_mask.dtype != torch.bool or valid_mask.shape != x.shape[:-1]
+        ):
+            raise ValueError(
+                f"{self._name}: expected valid_mask in bool of shape {list(x.shape[:-1])}, "
+                f"got {valid_mask.dtype} of shape {list(valid_mask.shape)}"
+            )
+
+    _asked_for: ClassVar[tuple[str, ...]] = ()
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        parameters = list(inspect.signature(cls.route).parameters.values())[2:]
+        cls._asked_for = tuple(
+            p.name
+            for p in parameters
+            if p.kind is not p.VAR_KEYWORD and p.name != "valid_mask" and p.name not in FACTS
+        )
+
+    def _route_in_full_precision(
+        self, x: Tensor, valid_mask: Tensor | None, context: dict[str, Any]
+    ) -> Routing:
+        device = x.device.type
+        if not torch.is_autocast_enabled(device):  # entering the context costs more than the test
+            return self.route(x, valid_mask=valid_mask, **context)
+        with torch.autocast(device, enabled=False):
+            return self.route(x, valid_mask=valid_mask, **context)
+
+    def _deliver(self, routing: Routing) -> Routing:
+        values = {loss.name: loss(routing) for loss in self.losses}
+        aux_loss = sum(loss.weight * values[loss.name] for loss in self.losses)
+        weights, attached = routing.weights, self._aux_scale is not None
+        if attached:
+            weights = Deliver.apply(weights, aux_loss, self._aux_scale)
+        return routing._replace(
+            weights=weights,
+            aux_loss=None if attached else aux_loss,
+            losses={name: value.detach() for name, value in values.items()},
+        )
+
+    def extra_repr(self) -> str:
+        return ", ".join(
+            f"{name}={value!r}"
+            for name, value in self.config().items()
+            if name not in ("class", "losses")
+        )
+
+
+def full_precision(x: Tensor) -> Tensor:
+    """Routers compute in float32, or in float64 where the input is."""
+    return x if x.dtype == torch.float64 else x.float()

@@ -1,0 +1,48 @@
+"""What every router returns."""
+
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from torch_routers.ops import Statistics
+
+
+class Routing(NamedTuple):
+    """The decision of one router for one batch.
+
+    A tuple of tensors: ``torch.compile``, export, DDP, FSDP2 and activation checkpointing see
+    through it. Leading dimensions ``[...]`` are those of the router's input. A reentrant checkpoint
+    returns a plain tuple; ``Routing(*result)`` restores the names.
+    """
+
+    weights: Tensor
+    """``[..., k]`` combine weights, float32 (float64 for float64 input), differentiable, in the
+    order of ``indices``; 0 in a slot that is empty."""
+    indices: Tensor | None = None
+    """``[..., k]`` int64 expert of each slot; -1 = empty, because the token is masked or was
+    dropped. The indices of a token are distinct."""
+    logits: Tensor | None = None
+    """``[..., num_experts]`` what was scored, before any normalisation."""
+    counts: Tensor | None = None
+    """``[num_experts]`` int64: slots given to each expert."""
+    statistics: Statistics | None = None
+    """By-products of the pass over the logits; None unless a loss of the router reads them."""
+    aux_loss: Tensor | None = None
+    """Weighted sum of the router's losses: the only path by which they can be trained. None when
+    the router has none, in eval mode, and when `attach` delivers them."""
+    losses: dict[str, Tensor] = {}  # noqa: RUF012  (a NamedTuple default; never written to)
+    """Each loss by name, unweighted and detached: to log, not to train."""
+    state: Any = None
+    """What a recurrent router hands to the next layer."""
+
+    @property
+    def num_experts(self) -> int:
+        return self.counts.shape[-1]
+
+    def probs(self) -> Tensor:
+        """``[..., num_experts]``: softmax of the logits, computed anew."""
+        return self.logits.softmax(-1)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The fields that are tensors, by name: what ``torch.vmap`` accepts (it refuses None)."""
+        return {name: value for name, value in self._asdict().items() if isinstance(value, Tensor)}
