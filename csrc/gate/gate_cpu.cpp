@@ -110,10 +110,10 @@ template <class T> void gate(const GateCombine<T>& p, int64_t begin, int64_t end
       for (int64_t block = blocks.first; block < blocks.past; ++block) {
         const int64_t partial = (block + group) * p.experts + e;
         count += p.partial_counts[partial];
-        if (p.partial_sums) sum += p.partial_sums[partial];
+        if (p.score_sums) sum += p.partial_sums[partial];
       }
       p.counts[group * p.experts + e] = count;
-      if (p.partial_sums) p.score_sums[group * p.experts + e] = static_cast<T>(sum);
+      if (p.score_sums) p.score_sums[group * p.experts + e] = static_cast<T>(sum);
     }
   }
 }

@@ -54,9 +54,9 @@ template <class T> struct Gate : GateShape {
 template <class T> struct GateCombine : GateShape {
   const bool* valid;
   const std::int64_t* group_offsets;
-  const T* partial_sums;               // null: no statistics
+  const T* partial_sums;
   const std::int64_t* partial_counts;
-  T* score_sums;                       // [groups, experts]
+  T* score_sums;                       // [groups, experts]; null: no statistics
   std::int64_t* counts;                // [groups, experts]
   std::int64_t* group_tokens;          // [groups]
 };

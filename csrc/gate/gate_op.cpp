@@ -29,13 +29,13 @@ GateShape check_shape(const char* op, const Tensor& logits, int64_t slots,
   const int64_t tokens = logits.size(0);
   if (valid_mask) {
     check(valid_mask->scalar_type() == ScalarType::Bool, op, ": expected valid_mask in bool, got ",
-          valid_mask->scalar_type());
+          dtype(*valid_mask));
     check(has_shape(*valid_mask, {tokens}), op, ": expected valid_mask of shape [", tokens,
           "], one value per token, got ", shape(*valid_mask));
   }
   if (group_offsets) {
     check(group_offsets->scalar_type() == ScalarType::Long, op,
-          ": expected group_offsets in int64, got ", group_offsets->scalar_type());
+          ": expected group_offsets in int64, got ", dtype(*group_offsets));
     check(group_offsets->dim() == 1 && group_offsets->size(0) >= 2, op,
           ": expected group_offsets of shape [groups + 1], got ", shape(*group_offsets));
   }
@@ -59,7 +59,7 @@ void check_offsets(const char* op, const GateShape& shape, const OptionalTensor&
 
 void check_indices(const char* op, const Tensor& logits, const Tensor& indices) {
   check(indices.scalar_type() == ScalarType::Long, op, ": expected indices in int64, got ",
-        indices.scalar_type());
+        dtype(indices));
   check(indices.dim() == 2 && indices.size(0) == logits.size(0), op,
         ": expected indices of shape [", logits.size(0), ", slots], one row per token, got ",
         shape(indices));
@@ -120,7 +120,7 @@ Results run(const char* op, const Tensor& logits, const OptionalTensor& given,
                                  data<int64_t>(offsets),
                                  data<T>(partial_sums),
                                  data<int64_t>(partial_counts),
-                                 mutable_data<T>(score_sums),
+                                 statistics ? mutable_data<T>(score_sums) : nullptr,
                                  mutable_data<int64_t>(counts),
                                  mutable_data<int64_t>(group_tokens)};
     launch(x, shape.groups, shape.segments() * shape.experts / shape.groups + 1,
@@ -160,7 +160,7 @@ void check_gradient(const char* name, const Tensor& logits, const OptionalTensor
   constexpr auto op = "_gate_backward";
   if (!gradient) return;
   check(gradient->scalar_type() == logits.scalar_type(), op, ": expected ", name,
-        " in the dtype of the logits, ", logits.scalar_type(), ", got ", gradient->scalar_type());
+        " in the dtype of the logits, ", dtype(logits), ", got ", dtype(*gradient));
   check(has_shape(*gradient, sizes), op, ": expected ", name, " of shape ",
         Shape{{sizes.begin(), sizes.size()}}, ", got ", shape(*gradient));
   check_same_device(op, logits, *gradient);

@@ -30,13 +30,13 @@ void check_floating(const char* op, const char* argument, const Tensor& tensor) 
   const ScalarType type = tensor.scalar_type();
   check(type == ScalarType::Float || type == ScalarType::Double || type == ScalarType::BFloat16 ||
             type == ScalarType::Half,
-        op, ": expected ", argument, " in float32, float64, bfloat16 or float16, got ", type);
+        op, ": expected ", argument, " in float32, float64, bfloat16 or float16, got ", dtype(tensor));
 }
 
 // The offsets on the CPU: which rows belong together decides which products are launched.
 Tensor checked_offsets(const char* op, const Tensor& offsets, int64_t rows) {
   check(offsets.scalar_type() == ScalarType::Long, op, ": expected offsets in int64, got ",
-        offsets.scalar_type());
+        dtype(offsets));
   check(offsets.dim() == 1 && offsets.size(0) >= 2, op,
         ": expected offsets of shape [num_experts + 1], got ", shape(offsets));
   Tensor host = torch::stable::contiguous(offsets);
@@ -67,7 +67,7 @@ Tensor grouped_linear(const Tensor& x, const Tensor& weight, const Tensor& offse
         ": expected weight of shape [num_experts, out_features, in_features=", x.size(1), "], got ",
         shape(weight));
   check(weight.scalar_type() == x.scalar_type(), op, ": expected weight in the dtype of x, ",
-        x.scalar_type(), ", got ", weight.scalar_type());
+        dtype(x), ", got ", dtype(weight));
   check(offsets.dim() != 1 || offsets.size(0) == weight.size(0) + 1, op,
         ": expected offsets of shape [num_experts + 1], here [", weight.size(0) + 1, "], got ",
         shape(offsets));
@@ -93,7 +93,7 @@ Tensor grouped_outer(const Tensor& y, const Tensor& x, const Tensor& offsets) {
         ": expected y and x of shape [rows, features], got ", shape(y), " and ", shape(x));
   check_floating(op, "y", y);
   check(y.scalar_type() == x.scalar_type(), op, ": expected y in the dtype of x, ",
-        x.scalar_type(), ", got ", y.scalar_type());
+        dtype(x), ", got ", dtype(y));
   check_same_device(op, y, x);
   check_same_device(op, y, offsets);
   const Tensor host = checked_offsets(op, offsets, x.size(0));

@@ -37,6 +37,30 @@ inline bool has_shape(const Tensor& tensor, std::initializer_list<std::int64_t> 
   return std::equal(actual.begin(), actual.end(), sizes.begin(), sizes.end());
 }
 
+// A dtype under the name that it has in Python.
+struct Dtype {
+  ScalarType type;
+  friend std::ostream& operator<<(std::ostream& out, const Dtype& dtype) {
+    switch (dtype.type) {
+      case ScalarType::Float: return out << "float32";
+      case ScalarType::Double: return out << "float64";
+      case ScalarType::Half: return out << "float16";
+      case ScalarType::BFloat16: return out << "bfloat16";
+      case ScalarType::Bool: return out << "bool";
+      case ScalarType::Byte: return out << "uint8";
+      case ScalarType::Char: return out << "int8";
+      case ScalarType::Short: return out << "int16";
+      case ScalarType::Int: return out << "int32";
+      case ScalarType::Long: return out << "int64";
+      case ScalarType::ComplexFloat: return out << "complex64";
+      case ScalarType::ComplexDouble: return out << "complex128";
+      default: return out << torch::headeronly::toString(dtype.type);
+    }
+  }
+};
+
+inline Dtype dtype(const Tensor& tensor) { return {tensor.scalar_type()}; }
+
 struct DeviceName {
   const Tensor& tensor;
   friend std::ostream& operator<<(std::ostream& out, const DeviceName& device) {

@@ -20,7 +20,7 @@ void dispatch_float_double(const char* op, const char* argument, const Tensor& t
     case ScalarType::Double: return body.template operator()<double>();
     default:
       check(false, op, ": expected ", argument, " in float32 or float64, got ",
-            tensor.scalar_type(), ". Convert it with .float()");
+            dtype(tensor), ". Convert it with .float()");
   }
 }
 

@@ -121,6 +121,13 @@ def vmap_by_loop(call: Callable) -> Callable:
     return vmap
 
 
+def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
+    """The dtype that autocast asks for where ``x`` is; None outside autocast."""
+    device = x.device.type
+    enabled = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if enabled else None
+
+
 def _is_plain_eager(inputs) -> bool:
     """No subclass, symbolic size or list of tensors; no mode or tracer that wants to see the op."""
     return (
@@ -134,4 +141,4 @@ def _is_plain_eager(inputs) -> bool:
 def _autocast(x, dtype):
     """What ``register_autocast`` does to an argument."""
     cast = isinstance(x, torch.Tensor) and x.is_floating_point() and x.dtype != torch.float64
-    return x.to(dtype) if cast and torch.is_autocast_enabled(x.device.type) else x
+    return x.to(dtype) if cast and autocast_dtype(x) else x

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from torch_routers._autograd import differentiable, jvp
+from torch_routers.ops._check import check, check_dtype
 
 _topk_op = torch.ops.torch_routers.topk_gate.default
 _gate_op = torch.ops.torch_routers.gate.default
@@ -160,23 +161,38 @@ def _statistics(logits, asked, lse, score_sums, counts, group_tokens) -> Statist
 @torch.library.register_fake(_topk_op)
 def _topk_fake(logits, top_k, renormalize, valid_mask, group_offsets, statistics):
     num_experts = logits.shape[1]
-    torch._check_value(
+    check(
         1 <= top_k <= num_experts,
         lambda: f"topk_gate: expected top_k in [1, num_experts={num_experts}], got {top_k}",
     )
     indices = logits.new_empty((logits.shape[0], top_k), dtype=torch.int64)
-    weights, *rest = _gate_fake(
-        logits, indices, renormalize, valid_mask, group_offsets, statistics
-    )
+    weights, *rest = _shapes("topk_gate", logits, top_k, valid_mask, group_offsets, statistics)
     return weights, indices, *rest
 
 
 @torch.library.register_fake(_gate_op)
 def _gate_fake(logits, indices, renormalize, valid_mask, group_offsets, statistics):
+    check_dtype("gate", "indices", indices, torch.int64)
+    return _shapes("gate", logits, indices.shape[1], valid_mask, group_offsets, statistics)
+
+
+def _shapes(op, logits, slots, valid_mask, group_offsets, statistics):
+    check_dtype(op, "logits", logits, torch.float32, torch.float64,
+                remedy=". Convert it with .float()")  # fmt: skip
+    if valid_mask is not None:
+        check_dtype(op, "valid_mask", valid_mask, torch.bool)
+    groups = 1
+    if group_offsets is not None:
+        check_dtype(op, "group_offsets", group_offsets, torch.int64)
+        check(
+            group_offsets.dim() == 1 and group_offsets.shape[0] >= 2,
+            lambda: f"{op}: expected group_offsets of shape [groups + 1], "
+            f"got {list(group_offsets.shape)}",
+        )
+        groups = group_offsets.shape[0] - 1
     tokens, num_experts = logits.shape
-    groups = 1 if group_offsets is None else group_offsets.shape[0] - 1
     return (
-        logits.new_empty(indices.shape),
+        logits.new_empty(tokens, slots),
         logits.new_empty(tokens if statistics else 0),
         logits.new_empty(groups if statistics else 0, num_experts),
         logits.new_empty((groups, num_experts), dtype=torch.int64),

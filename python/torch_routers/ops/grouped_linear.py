@@ -9,7 +9,8 @@ gradients of either are calls of the two again, so derivatives of any order exis
 import torch
 from torch import Tensor
 
-from torch_routers._autograd import differentiable, vmap_by_loop
+from torch_routers._autograd import autocast_dtype, differentiable, vmap_by_loop
+from torch_routers.ops._check import check, check_dtype, dtype_name
 
 _linear_op = torch.ops.torch_routers.grouped_linear.default
 _outer_op = torch.ops.torch_routers._grouped_outer.default
@@ -39,9 +40,8 @@ def grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
             [2., 2.],
             [0., 0.]])
     """
-    device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
+    dtype = autocast_dtype(x)
+    if dtype is not None and x.dtype != torch.float64:
         x, weight = x.to(dtype), weight.to(dtype)
     return _grouped_linear(x, weight, offsets)
 
@@ -49,16 +49,33 @@ def grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
 # ---- shapes --------------------------------------------------------------------------------------
 
 
+_DTYPES = torch.float32, torch.float64, torch.bfloat16, torch.float16
+
+
 @torch.library.register_fake(_linear_op)
 def _linear_fake(x, weight, offsets):
-    torch._check_value(
-        x.dim() == 2,
-        lambda: f"grouped_linear: expected x of shape [rows, in_features], got {list(x.shape)}",
-    )
-    torch._check_value(
+    op = "grouped_linear: expected"
+    check(x.dim() == 2, lambda: f"{op} x of shape [rows, in_features], got {list(x.shape)}")
+    check_dtype("grouped_linear", "x", x, *_DTYPES)
+    check(
         weight.dim() == 3 and weight.shape[2] == x.shape[1],
-        lambda: "grouped_linear: expected weight of shape [num_experts, out_features, "
-        f"in_features={x.shape[1]}], got {list(weight.shape)}",
+        lambda: f"{op} weight of shape [num_experts, out_features, in_features={x.shape[1]}], "
+        f"got {list(weight.shape)}",
+    )
+    check(
+        weight.dtype == x.dtype,
+        lambda: f"{op} weight in the dtype of x, {dtype_name(x)}, got {dtype_name(weight)}",
+    )
+    num_offsets = weight.shape[0] + 1
+    check(
+        offsets.dim() != 1 or offsets.shape[0] == num_offsets,
+        lambda: f"{op} offsets of shape [num_experts + 1], here [{num_offsets}], "
+        f"got {list(offsets.shape)}",
+    )
+    check_dtype("grouped_linear", "offsets", offsets, torch.int64)
+    check(
+        offsets.dim() == 1,
+        lambda: f"{op} offsets of shape [num_experts + 1], got {list(offsets.shape)}",
     )
     return x.new_empty(x.shape[0], weight.shape[1])
 

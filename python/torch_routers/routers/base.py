@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from torch_routers._autograd import autocast_dtype
 from torch_routers.delivery import Deliver, Inputs, in_backward
 from torch_routers.losses import RouterLoss
 from torch_routers.registry import Configurable
@@ -135,10 +136,9 @@ class Router(Configurable, nn.Module):
     def _route_in_full_precision(
         self, x: Tensor, valid_mask: Tensor | None, context: dict[str, Any]
     ) -> Routing:
-        device = x.device.type
-        if not torch.is_autocast_enabled(device):  # entering the context costs more than the test
+        if autocast_dtype(x) is None:  # entering the context costs more than the test
             return self.route(x, valid_mask=valid_mask, **context)
-        with torch.autocast(device, enabled=False):
+        with torch.autocast(x.device.type, enabled=False):
             return self.route(x, valid_mask=valid_mask, **context)
 
     def _deliver(self, routing: Routing) -> Routing:
