@@ -4,8 +4,10 @@
 # whose results change from one C library to the next.
 nm=$1 isa=$2
 shift 2
-weak=$("$nm" -C "$@" | grep ' [uVvWw] ' | grep -v -e "torch_routers::$isa::" -e DW.ref.__gxx_personality)
-needed=$("$nm" -C --undefined-only "$@" | grep ' U ' | grep -v -w -e memset -e memcpy -e memmove -e _GLOBAL_OFFSET_TABLE_)
-[ -z "$weak$needed" ] && exit 0
-printf 'weak symbols:\n%s\nneeded symbols:\n%s\n' "$weak" "$needed"
+symbols=$("$nm" -C "$@") || exit 2
+found=$(printf '%s\n' "$symbols" | grep -v -e "torch_routers::$isa::" -e DW.ref.__gxx_personality |
+  sed -n -e 's/^.* [uVvWw] /weak: /p' -e 's/^.* U /needed: /p' |
+  grep -v -x -E 'needed: (memset|memcpy|memmove|_GLOBAL_OFFSET_TABLE_)')
+[ -z "$found" ] && exit 0
+printf '%s\n' "$found"
 exit 1

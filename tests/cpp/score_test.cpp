@@ -1,0 +1,75 @@
+// exp, log and the order of logits, against the C library in a wider type.
+#include "common/score.h"
+
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <limits>
+#include <vector>
+
+namespace torch_routers {
+namespace {
+
+template <class T> class Score : public testing::Test {};
+using Types = testing::Types<float, double>;
+TYPED_TEST_SUITE(Score, Types);
+
+// Distance in units in the last place of the exact result, rounded to T.
+template <class T> double ulps(T actual, long double exact) {
+  const T rounded = static_cast<T>(exact);
+  if (actual == rounded) return 0;
+  const T unit = std::nextafter(std::abs(rounded), std::numeric_limits<T>::infinity()) -
+                 std::abs(rounded);
+  return static_cast<double>(std::abs(actual - exact) / unit);
+}
+
+TYPED_TEST(Score, ExpIsWithinTwoUnits) {
+  using T = TypeParam;
+  const double lowest = std::log(std::numeric_limits<T>::min()), step = -lowest / 200003;
+  double worst = 0;
+  for (double x = lowest; x <= 0; x += step) {
+    const T argument = static_cast<T>(x);
+    worst = std::max(worst, ulps(own_exp(argument), std::exp(static_cast<long double>(argument))));
+  }
+  EXPECT_LT(worst, 2);
+  EXPECT_EQ(own_exp(T{0}), T{1});
+}
+
+TYPED_TEST(Score, ExpOfWhatIsNoOrdinaryNumber) {
+  using T = TypeParam;
+  constexpr T kInfinity = std::numeric_limits<T>::infinity();
+  EXPECT_EQ(own_exp(-kInfinity), T{0});
+  EXPECT_EQ(own_exp(kInfinity), kInfinity);
+  EXPECT_EQ(own_exp(T{-1e30f}), T{0});
+  EXPECT_EQ(own_exp(T{1e30f}), kInfinity);
+  EXPECT_TRUE(std::isnan(own_exp(std::numeric_limits<T>::quiet_NaN())));
+  const T subnormal = static_cast<T>(std::log(std::numeric_limits<T>::min()) - 3);
+  EXPECT_NEAR(own_exp(subnormal) / std::exp(subnormal), 1, 1e-4);
+}
+
+TEST(Score, LogIsWithinTwoUnits) {
+  double worst = 0;
+  for (double x = 1; x < 1e12; x *= 1.0001)
+    worst = std::max(worst, ulps(own_log(x), std::log(static_cast<long double>(x))));
+  EXPECT_LT(worst, 2);
+  EXPECT_EQ(own_log(1), 0);
+  EXPECT_EQ(own_log(std::numeric_limits<double>::infinity()),
+            std::numeric_limits<double>::infinity());
+  EXPECT_TRUE(std::isnan(own_log(std::numeric_limits<double>::quiet_NaN())));
+}
+
+TYPED_TEST(Score, KeysRankAsLogitsDo) {
+  using T = TypeParam;
+  using Limits = std::numeric_limits<T>;
+  const std::vector<T> ascending = {-Limits::infinity(), Limits::lowest(), -1, -Limits::min(),
+                                    -Limits::denorm_min(), 0, Limits::denorm_min(), Limits::min(),
+                                    1, Limits::max(), Limits::infinity(), Limits::quiet_NaN()};
+  EXPECT_GT(rank_key(ascending[0]), 0u);  // 0 stands for "none"
+  for (std::size_t i = 1; i < ascending.size(); ++i)
+    EXPECT_LT(rank_key(ascending[i - 1]), rank_key(ascending[i])) << i;
+  EXPECT_EQ(rank_key(T{0}), rank_key(-T{0}));
+  EXPECT_EQ(rank_key(Limits::quiet_NaN()), rank_key(-Limits::quiet_NaN()));
+}
+
+}  // namespace
+}  // namespace torch_routers
