@@ -6,11 +6,11 @@ import subprocess
 import sys
 from functools import cache, partial
 
-import cases.ops
 import pytest
 import torch
 from torch.testing import assert_close
 
+import cases.ops
 from torch_routers import _C
 
 CASES = cases.collect(cases.ops)
@@ -108,7 +108,9 @@ def test_equals_the_reference(case, sample, dtype):
         assert x.dtype == dtype and x.shape == y.shape, name
         size = max([torch.finfo(dtype).tiny, *y[y.isfinite()].abs().flatten().tolist()])
         atol = case.tolerance(sample) * torch.finfo(dtype).eps * size
-        assert_close(x.double(), y, rtol=0, atol=atol, equal_nan=True, msg=partial("{}: {}".format, name))
+        assert_close(
+            x.double(), y, rtol=0, atol=atol, equal_nan=True, msg=partial("{}: {}".format, name)
+        )
 
 
 @for_each()

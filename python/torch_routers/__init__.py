@@ -1,6 +1,10 @@
 """Routing layers for mixtures of experts."""
 
-from torch_routers import _library, losses, ops
+# isort: off
+from torch_routers import _library  # noqa: F401  (first: everything needs its operators)
+
+# isort: on
+from torch_routers import losses, ops
 from torch_routers.delivery import attach, collect, follow_inputs
 from torch_routers.layers import MLPExperts, MoE, SwiGLUExperts
 from torch_routers.registry import create_router, from_config, list_routers

@@ -1,4 +1,4 @@
-"""Loads the compiled operators. The only place that knows their file name and the torch they need."""
+"""Loads the compiled operators. The only place that knows their file, and the torch they need."""
 
 from pathlib import Path
 

@@ -171,6 +171,21 @@ class _LearnScale(torch.autograd.Function):
         return grad, None
 
 
+@torch.library.custom_op("torch_routers::_read_after", mutates_args=())
+def _read_after(scale: Tensor, grad: Tensor) -> Tensor:
+    """A copy of ``scale`` as it is once ``grad`` exists.
+
+    An operator of its own, because a compiler that saw a mere copy would take it where it is
+    cheapest: in the forward, where the scale is still that of the last micro-batch.
+    """
+    return scale.clone()
+
+
+@_read_after.register_fake
+def _(scale, grad):
+    return torch.empty_like(scale)
+
+
 class Deliver(torch.autograd.Function):
     """Identity on ``weights`` whose backward gives ``loss`` the gradient ``scale``.
 
@@ -189,7 +204,9 @@ class Deliver(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        return grad, ctx.scale.clone(), None
+        compiling = torch.compiler.is_compiling()
+        scale = _read_after(ctx.scale, grad) if compiling else ctx.scale.clone()
+        return grad, scale, None
 
 
 # ---- context from the model's root ---------------------------------------------------------------

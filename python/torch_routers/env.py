@@ -31,9 +31,7 @@ def report() -> dict[str, object]:
         "build type": _C.build_type,
         "TORCH_ROUTERS_CUDA": _C.cuda_option,
         "CUDA kernels": _C.cuda_version,
-        "CUDA devices": [
-            torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())
-        ],
+        "CUDA devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "instruction set": _C.cpu_capability(),
         "instruction sets": _C.cpu_capabilities(),
         "threads": torch.get_num_threads(),

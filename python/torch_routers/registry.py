@@ -42,14 +42,21 @@ class Configurable:
 def from_config(config: dict[str, Any]) -> Any:
     """Build the object that a configuration describes.
 
-    Only classes that are registered are built, and only from plain data: numbers, strings, lists
-    and configurations of other objects.
+    Only registered classes are built, and only from numbers, strings, lists and configurations of
+    other objects, or those objects themselves.
+
+    Raises:
+        ValueError: anything else, and arguments that the class does not take.
 
     >>> loss = from_config({"class": "ZLoss", "weight": 0.001})
     >>> loss.config()
     {'class': 'ZLoss', 'weight': 0.001}
     """
-    if not isinstance(config, dict) or not isinstance(config.get("class"), str):
+    if (
+        not isinstance(config, dict)
+        or not isinstance(config.get("class"), str)
+        or not all(isinstance(name, str) for name in config)
+    ):
         raise ValueError(
             f"from_config: expected config with the name of a class under 'class', got {config!r}"
         )
@@ -60,7 +67,7 @@ def from_config(config: dict[str, Any]) -> Any:
     except TypeError as error:
         raise ValueError(
             f"from_config: expected config with the arguments of {cls.__name__}, "
-            f"{list(inspect.signature(cls).parameters)}, got {sorted(map(str, arguments))} ({error})"
+            f"{list(inspect.signature(cls).parameters)}, got {sorted(arguments)} ({error})"
         ) from None
     return cls(**arguments)
 
@@ -114,7 +121,14 @@ def _plain(value: Any) -> Any:
 def _build(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_build(item) for item in value]
-    return from_config(value) if isinstance(value, dict) else value
+    if isinstance(value, dict):
+        return from_config(value)
+    if value is None or isinstance(value, (bool, int, float, str, Configurable)):
+        return value
+    raise ValueError(
+        "from_config: expected numbers, strings, lists and configurations of other objects, "
+        f"got {type(value).__name__}"
+    )
 
 
 def _lookup(caller: str, name: str) -> type:

@@ -26,7 +26,8 @@ class Routing(NamedTuple):
     counts: Tensor | None = None
     """``[num_experts]`` int64: slots given to each expert."""
     statistics: Statistics | None = None
-    """By-products of the pass over the logits; None unless a loss of the router reads them."""
+    """By-products of the pass over the logits, for losses and metrics. None when the router has no
+    logits; ``lse`` and ``score_sums`` in it are None unless the router computes losses."""
     aux_loss: Tensor | None = None
     """Weighted sum of the router's losses: the only path by which they can be trained. None when
     the router has none, in eval mode, and when `attach` delivers them."""

@@ -74,7 +74,7 @@ class MoE(nn.Module):
         order, place, offsets = _sort_by_expert(indices.flatten(), self.router.num_experts)
         rows = x.reshape(-1, hidden_size).index_select(0, order // slots)
         rows = self.experts(rows, offsets).index_select(0, place)
-        rows = rows.view(*indices.shape, -1)
+        rows = rows.view(*indices.shape, rows.shape[-1])
         return (rows * weights.unsqueeze(-1)).sum(-2).to(x.dtype)
 
 
@@ -85,6 +85,7 @@ def _sort_by_expert(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor, 
     """
     groups = torch.where(experts < 0, num_experts, experts)
     order = groups.argsort(stable=True)
-    place = torch.empty_like(order).scatter(0, order, torch.arange(len(order), device=order.device))
+    slots = torch.arange(order.shape[0], device=order.device)  # len() would fix the size in export
+    place = torch.empty_like(order).scatter(0, order, slots)
     sizes = groups.new_zeros(num_experts + 2).scatter_add(0, groups + 1, torch.ones_like(groups))
     return order, place, sizes.cumsum(0)[: num_experts + 1]

@@ -186,8 +186,10 @@ def _shapes(op, logits, slots, valid_mask, group_offsets, statistics):
         check_dtype(op, "group_offsets", group_offsets, torch.int64)
         check(
             group_offsets.dim() == 1 and group_offsets.shape[0] >= 2,
-            lambda: f"{op}: expected group_offsets of shape [groups + 1], "
-            f"got {list(group_offsets.shape)}",
+            lambda: (
+                f"{op}: expected group_offsets of shape [groups + 1], "
+                f"got {list(group_offsets.shape)}"
+            ),
         )
         groups = group_offsets.shape[0] - 1
     tokens, num_experts = logits.shape
@@ -283,8 +285,7 @@ def _double_backward(ctx, grad):
 def _backward_jvp(ctx, *tangents):
     function, inputs, present = _of_gradients_and_logits(ctx)
     directions = [
-        torch.zeros_like(x) if tangents[i] is None else tangents[i]
-        for i, x in zip(present, inputs)
+        torch.zeros_like(x) if tangents[i] is None else tangents[i] for i, x in zip(present, inputs)
     ]
     return jvp(function, inputs, directions)
 

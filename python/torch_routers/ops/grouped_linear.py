@@ -59,8 +59,10 @@ def _linear_fake(x, weight, offsets):
     check_dtype("grouped_linear", "x", x, *_DTYPES)
     check(
         weight.dim() == 3 and weight.shape[2] == x.shape[1],
-        lambda: f"{op} weight of shape [num_experts, out_features, in_features={x.shape[1]}], "
-        f"got {list(weight.shape)}",
+        lambda: (
+            f"{op} weight of shape [num_experts, out_features, in_features={x.shape[1]}], "
+            f"got {list(weight.shape)}"
+        ),
     )
     check(
         weight.dtype == x.dtype,
@@ -69,8 +71,10 @@ def _linear_fake(x, weight, offsets):
     num_offsets = weight.shape[0] + 1
     check(
         offsets.dim() != 1 or offsets.shape[0] == num_offsets,
-        lambda: f"{op} offsets of shape [num_experts + 1], here [{num_offsets}], "
-        f"got {list(offsets.shape)}",
+        lambda: (
+            f"{op} offsets of shape [num_experts + 1], here [{num_offsets}], "
+            f"got {list(offsets.shape)}"
+        ),
     )
     check_dtype("grouped_linear", "offsets", offsets, torch.int64)
     check(

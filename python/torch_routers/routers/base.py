@@ -17,9 +17,9 @@ from torch_routers.routing import Routing
 class RouterTraits(NamedTuple):
     """What a caller may rely on, or must provide."""
 
-    batch_dependency: Literal["none", "sequence", "sequence_causal", "batch_train_only", "batch"] = (
-        "none"
-    )
+    batch_dependency: Literal[
+        "none", "sequence", "sequence_causal", "batch_train_only", "batch"
+    ] = "none"
     """Whether the routing of a token depends on other tokens, and on which."""
     causal: bool = True
     """Whether it depends on the past alone."""
@@ -38,8 +38,8 @@ class Router(Configurable, nn.Module):
     A subclass calls ``super().__init__(num_experts, losses)``, keeps its constructor's arguments
     under their own names, and writes ``route``. Defining it registers it under its name.
 
-    ``route`` gets ``x`` with masked rows set to zero, outside autocast. A masked token must leave it
-    with indices -1 and weights 0, and be in no count and no statistic; `ops.topk_gate` and
+    ``route`` gets ``x`` with masked rows set to zero, outside autocast. A masked token must come
+    out with indices -1 and weights 0, and be in no count and no statistic; `ops.topk_gate` and
     `ops.gate` see to that when they get ``valid_mask``.
     """
 
@@ -93,9 +93,19 @@ class Router(Configurable, nn.Module):
                 sink.append(routing)
         return routing
 
+    # ---- for subclasses --------------------------------------------------------------------------
+
     @property
-    def _wants_statistics(self) -> bool:
+    def wants_statistics(self) -> bool:
+        """Whether losses will read ``lse`` and ``score_sums`` of the statistics."""
         return self.training and len(self.losses) > 0
+
+    @staticmethod
+    def full_precision(x: Tensor) -> Tensor:
+        """``x`` in the dtype in which routers compute: float32, or float64 where ``x`` is."""
+        return x if x.dtype == torch.float64 else x.float()
+
+    # ----------------------------------------------------------------------------------------------
 
     @property
     def _name(self) -> str:
@@ -159,8 +169,3 @@ class Router(Configurable, nn.Module):
             for name, value in self.config().items()
             if name not in ("class", "losses")
         )
-
-
-def full_precision(x: Tensor) -> Tensor:
-    """Routers compute in float32, or in float64 where the input is."""
-    return x if x.dtype == torch.float64 else x.float()

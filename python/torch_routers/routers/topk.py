@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from torch_routers import ops
 from torch_routers.losses import RouterLoss
-from torch_routers.routers.base import Router, full_precision
+from torch_routers.routers.base import Router
 from torch_routers.routing import Routing
 
 
@@ -95,12 +95,12 @@ class TopKRouter(Router):
                 f"TopKRouter: expected x of shape [..., hidden_size={self.hidden_size}], "
                 f"got {list(x.shape)}"
             )
-        x = full_precision(x)
+        x = self.full_precision(x)
         logits = F.linear(x, self.weight.to(x.dtype))
         options = {
             "renormalize": self.renormalize,
             "valid_mask": valid_mask,
-            "statistics": self._wants_statistics,
+            "statistics": self.wants_statistics,
         }
         if indices is None:
             weights, indices, statistics = ops.topk_gate(logits, self.top_k, **options)

@@ -1,10 +1,11 @@
 """topk_gate and gate: the same reference, with indices chosen or given."""
 
+import itertools
 import math
 
 import torch
-from cases.op_case import Error, OpCase, Sample, seeded
 
+from cases.op_case import Error, OpCase, Sample, seeded
 from torch_routers import ops
 
 # ---- reference -----------------------------------------------------------------------------------
@@ -56,7 +57,7 @@ def reference(
 
     zero = logits.new_zeros(())
     weights, chosen, lse, sums, counts, tokens = [], [], [], [], [], []
-    for begin, end in zip(offsets, offsets[1:]):
+    for begin, end in itertools.pairwise(offsets):
         group_sums, group_counts = logits.new_zeros(num_experts), [0] * num_experts
         for t in range(begin, end):
             if not valid[t]:
@@ -195,7 +196,9 @@ def shared_errors(op, last):
     valid = f"{op}: expected valid_mask "
     yield Error("mask shape", (x, last), valid + "of shape [2], one value per token, got [3]",
                 {"valid_mask": torch.ones(3).bool()})  # fmt: skip
-    yield Error("mask dtype", (x, last), valid + "in bool, got float32", {"valid_mask": torch.ones(2)})
+    yield Error(
+        "mask dtype", (x, last), valid + "in bool, got float32", {"valid_mask": torch.ones(2)}
+    )
     groups = f"{op}: expected group_offsets "
     for name, offsets, said in (
         ("dtype", torch.tensor([0, 2]).int(), "in int64, got int32"),

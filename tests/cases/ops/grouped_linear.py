@@ -1,6 +1,6 @@
 import torch
-from cases.op_case import Error, OpCase, Sample, seeded
 
+from cases.op_case import Error, OpCase, Sample, seeded
 from torch_routers import ops
 
 
@@ -34,10 +34,9 @@ def errors():
     x, weight, offsets = torch.zeros(4, 3), torch.zeros(2, 5, 3), torch.tensor([0, 1, 4])
     op = "grouped_linear: expected "
     yield Error("x", (x[0], weight, offsets), op + "x of shape [rows, in_features], got [3]")
-    yield Error("features", (x[:, :2], weight, offsets),
-                op + "weight of shape [num_experts, out_features, in_features=2], got [2, 5, 3]")  # fmt: skip
-    yield Error("weight dimensions", (x, weight[0], offsets),
-                op + "weight of shape [num_experts, out_features, in_features=3], got [5, 3]")  # fmt: skip
+    shape = op + "weight of shape [num_experts, out_features, in_features="
+    yield Error("features", (x[:, :2], weight, offsets), shape + "2], got [2, 5, 3]")
+    yield Error("weight dimensions", (x, weight[0], offsets), shape + "3], got [5, 3]")
     yield Error("integers", (x.long(), weight, offsets),
                 op + "x in float32, float64, bfloat16 or float16, got int64")  # fmt: skip
     yield Error("two dtypes", (x, weight.double(), offsets),
