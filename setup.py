@@ -13,8 +13,8 @@ if importlib.util.find_spec("torch") is None:
         "    pip install --no-build-isolation ."
     )
 
-from setuptools import Extension, setup  # noqa: E402
-from setuptools.command.build_ext import build_ext  # noqa: E402
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
 BUILD = Path(os.environ.get("TORCH_ROUTERS_BUILD_DIR", ROOT / "build"))

@@ -11,7 +11,7 @@ import torch
 from torch.testing import assert_close
 
 import cases.ops
-from torch_routers import _C
+from torch_routers import env
 
 CASES = cases.collect(cases.ops)
 samples_of = cache(lambda case: list(case.samples()))
@@ -283,8 +283,8 @@ def test_exports(case, sample):
 
 PROGRAM = """
 import sys, torch
-from test_ops import _C, bits_of
-assert _C.cpu_capability() == sys.argv[1], _C.cpu_capability()
+from test_ops import bits_of, env
+assert env.report()["instruction set"] == sys.argv[1]
 results = {}
 for threads in 1, 2, 3:
     torch.set_num_threads(threads)
@@ -304,7 +304,7 @@ def bits_of(todo):
     return torch.cat([bits(x) for x in tensors])
 
 
-@pytest.mark.parametrize("capability", _C.cpu_capabilities())
+@pytest.mark.parametrize("capability", env.report()["instruction sets"])
 def test_same_bits(capability, tmp_path):
     """On every instruction set and for every number of threads."""
     todo = [
@@ -357,7 +357,7 @@ def test_refuses_sparse_tensors(case):
 
 # ---- CUDA ----------------------------------------------------------------------------------------
 
-HAS_CUDA = torch.cuda.is_available() and _C.cuda_version is not None
+HAS_CUDA = torch.cuda.is_available() and env.report()["CUDA kernels"] is not None
 needs_cuda = pytest.mark.skipif(not HAS_CUDA, reason="needs a GPU")
 
 

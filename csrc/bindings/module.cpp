@@ -20,12 +20,16 @@ PYBIND11_MODULE(_C, m) {
 #else
   m.attr("cuda_version") = pybind11::none();
 #endif
-  m.def("cpu_capability", [] { return torch_routers::name(torch_routers::isa()); },
-        "The instruction set in use: default, avx2 or avx512.");
-  m.def("cpu_capabilities", [] {
-    std::vector<std::string> names;
-    for (const Isa isa : {Isa::Default, Isa::Avx2, Isa::Avx512})
-      if (isa <= torch_routers::isa()) names.emplace_back(torch_routers::name(isa));
-    return names;
-  }, "Those that ATEN_CPU_CAPABILITY can ask for on this machine.");
+  m.def(
+      "cpu_capability", [] { return torch_routers::name(torch_routers::isa()); },
+      "The instruction set in use: default, avx2 or avx512.");
+  m.def(
+      "cpu_capabilities",
+      [] {
+        std::vector<std::string> names;
+        for (const Isa isa : {Isa::Default, Isa::Avx2, Isa::Avx512})
+          if (isa <= torch_routers::isa()) names.emplace_back(torch_routers::name(isa));
+        return names;
+      },
+      "Those that ATEN_CPU_CAPABILITY can ask for on this machine.");
 }

@@ -14,8 +14,12 @@ namespace torch_routers {
 
 // The unsigned integer of a scalar's size.
 template <class T> struct BitsOf;
-template <> struct BitsOf<float> { using type = std::uint32_t; };
-template <> struct BitsOf<double> { using type = std::uint64_t; };
+template <> struct BitsOf<float> {
+  using type = std::uint32_t;
+};
+template <> struct BitsOf<double> {
+  using type = std::uint64_t;
+};
 template <class T> using Bits = typename BitsOf<T>::type;
 
 // `static`, here and in the other headers: each translation unit keeps its own copy, so that the

@@ -144,8 +144,7 @@ template <class T> void gate(const GateBackward<T>& p, int64_t begin, int64_t en
       else
         for (int64_t e = 0; e < p.experts; ++e) dx[e] *= constant;
       for (int64_t j = 0; grad_weights && !p.renormalize && j < p.slots; ++j)
-        if (indices[j] >= 0)
-          dx[indices[j]] += grad_weights[j] * parts.probability(x[indices[j]]);
+        if (indices[j] >= 0) dx[indices[j]] += grad_weights[j] * parts.probability(x[indices[j]]);
     }
     if (p.renormalize && grad_weights) {
       const Softmax<T> parts = softmax_of_slots(x, indices, p.slots);

@@ -56,9 +56,9 @@ template <class T> struct GateCombine : GateShape {
   const std::int64_t* group_offsets;
   const T* partial_sums;
   const std::int64_t* partial_counts;
-  T* score_sums;                       // [groups, experts]; null: no statistics
-  std::int64_t* counts;                // [groups, experts]
-  std::int64_t* group_tokens;          // [groups]
+  T* score_sums;               // [groups, experts]; null: no statistics
+  std::int64_t* counts;        // [groups, experts]
+  std::int64_t* group_tokens;  // [groups]
 };
 
 template <class T> struct GateBackward : GateShape {
@@ -69,7 +69,7 @@ template <class T> struct GateBackward : GateShape {
   const bool* valid;
   const std::int64_t* group_offsets;
   const std::int64_t* indices;
-  T* grad_logits;            // [tokens, experts]
+  T* grad_logits;  // [tokens, experts]
   bool renormalize;
 };
 

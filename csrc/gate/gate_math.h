@@ -46,8 +46,7 @@ TORCH_ROUTERS_HOST_DEVICE static inline std::int64_t group_end(const Params& p,
 
 // The group of a token.
 template <class Params>
-TORCH_ROUTERS_HOST_DEVICE static inline std::int64_t group_of(const Params& p,
-                                                              std::int64_t token) {
+TORCH_ROUTERS_HOST_DEVICE static inline std::int64_t group_of(const Params& p, std::int64_t token) {
   std::int64_t low = 0, high = p.groups - 1;
   while (low < high) {
     const std::int64_t middle = (low + high) / 2;

@@ -19,8 +19,7 @@ using Results = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 void check_logits(const char* op, const Tensor& logits) {
   check(logits.dim() == 2 && logits.size(1) >= 1, op,
-        ": expected logits of shape [..., num_experts] with num_experts >= 1, got ",
-        shape(logits));
+        ": expected logits of shape [..., num_experts] with num_experts >= 1, got ", shape(logits));
 }
 
 // Of logits that passed check_logits.
@@ -95,8 +94,7 @@ Results run(const char* op, const Tensor& logits, const OptionalTensor& given,
   OptionalTensor scores, partial_sums;
   if (statistics || !renormalize) scores = new_empty(x, {shape.blocks(), shape.experts});
   if (statistics) partial_sums = new_empty(x, {shape.segments(), shape.experts});
-  const Tensor partial_counts =
-      new_empty(x, {shape.segments(), shape.experts}, ScalarType::Long);
+  const Tensor partial_counts = new_empty(x, {shape.segments(), shape.experts}, ScalarType::Long);
 
   dispatch_float_double(op, "logits", x, [&]<class T>() {
     const Gate<T> gate{shape,
@@ -111,9 +109,10 @@ Results run(const char* op, const Tensor& logits, const OptionalTensor& given,
                        mutable_data<int64_t>(partial_counts),
                        !given,
                        renormalize};
-    launch(x, shape.blocks(), shape.kBlock * shape.experts,
-           [&](int64_t begin, int64_t end) { gate_cpu(gate, begin, end); },
-           [&](void* stream) { gate_cuda(gate, stream); });
+    launch(
+        x, shape.blocks(), shape.kBlock * shape.experts,
+        [&](int64_t begin, int64_t end) { gate_cpu(gate, begin, end); },
+        [&](void* stream) { gate_cuda(gate, stream); });
 
     const GateCombine<T> combine{shape,
                                  data<bool>(valid),
@@ -123,9 +122,10 @@ Results run(const char* op, const Tensor& logits, const OptionalTensor& given,
                                  statistics ? mutable_data<T>(score_sums) : nullptr,
                                  mutable_data<int64_t>(counts),
                                  mutable_data<int64_t>(group_tokens)};
-    launch(x, shape.groups, shape.segments() * shape.experts / shape.groups + 1,
-           [&](int64_t begin, int64_t end) { gate_cpu(combine, begin, end); },
-           [&](void* stream) { gate_cuda(combine, stream); });
+    launch(
+        x, shape.groups, shape.segments() * shape.experts / shape.groups + 1,
+        [&](int64_t begin, int64_t end) { gate_cpu(combine, begin, end); },
+        [&](void* stream) { gate_cuda(combine, stream); });
   });
   return {weights, indices, lse, score_sums, counts, group_tokens};
 }
@@ -136,8 +136,8 @@ Results topk_gate(const Tensor& logits, int64_t top_k, bool renormalize,
   constexpr auto op = "topk_gate";
   check_logits(op, logits);
   const GateShape shape = check_shape(op, logits, top_k, valid_mask, group_offsets);
-  check(1 <= top_k && top_k <= shape.experts, op, ": expected top_k in [1, num_experts=",
-        shape.experts, "], got ", top_k);
+  check(1 <= top_k && top_k <= shape.experts, op,
+        ": expected top_k in [1, num_experts=", shape.experts, "], got ", top_k);
   return run(op, logits, std::nullopt, shape, renormalize, valid_mask, group_offsets, statistics);
 }
 
@@ -196,9 +196,10 @@ Tensor gate_backward(const OptionalTensor& grad_weights, const OptionalTensor& g
                                  data<int64_t>(best),
                                  mutable_data<T>(grad_logits),
                                  renormalize};
-    launch(x, shape.tokens, shape.experts,
-           [&](int64_t begin, int64_t end) { gate_cpu(params, begin, end); },
-           [&](void* stream) { gate_cuda(params, stream); });
+    launch(
+        x, shape.tokens, shape.experts,
+        [&](int64_t begin, int64_t end) { gate_cpu(params, begin, end); },
+        [&](void* stream) { gate_cuda(params, stream); });
   });
   return grad_logits;
 }

@@ -30,7 +30,8 @@ void check_floating(const char* op, const char* argument, const Tensor& tensor) 
   const ScalarType type = tensor.scalar_type();
   check(type == ScalarType::Float || type == ScalarType::Double || type == ScalarType::BFloat16 ||
             type == ScalarType::Half,
-        op, ": expected ", argument, " in float32, float64, bfloat16 or float16, got ", dtype(tensor));
+        op, ": expected ", argument, " in float32, float64, bfloat16 or float16, got ",
+        dtype(tensor));
 }
 
 // The offsets on the CPU: which rows belong together decides which products are launched.
@@ -92,8 +93,8 @@ Tensor grouped_outer(const Tensor& y, const Tensor& x, const Tensor& offsets) {
   check(y.dim() == 2 && x.dim() == 2 && y.size(0) == x.size(0), op,
         ": expected y and x of shape [rows, features], got ", shape(y), " and ", shape(x));
   check_floating(op, "y", y);
-  check(y.scalar_type() == x.scalar_type(), op, ": expected y in the dtype of x, ",
-        dtype(x), ", got ", dtype(y));
+  check(y.scalar_type() == x.scalar_type(), op, ": expected y in the dtype of x, ", dtype(x),
+        ", got ", dtype(y));
   check_same_device(op, y, x);
   check_same_device(op, y, offsets);
   const Tensor host = checked_offsets(op, offsets, x.size(0));

@@ -19,8 +19,8 @@ void dispatch_float_double(const char* op, const char* argument, const Tensor& t
     case ScalarType::Float: return body.template operator()<float>();
     case ScalarType::Double: return body.template operator()<double>();
     default:
-      check(false, op, ": expected ", argument, " in float32 or float64, got ",
-            dtype(tensor), ". Convert it with .float()");
+      check(false, op, ": expected ", argument, " in float32 or float64, got ", dtype(tensor),
+            ". Convert it with .float()");
   }
 }
 
@@ -31,7 +31,8 @@ void launch(const Tensor& tensor, std::int64_t count, std::int64_t cost, const C
             [[maybe_unused]] const Cuda& cuda) {
   constexpr std::int64_t kElementsPerThread = 32768;
   if (tensor.is_cpu()) {
-    const auto grain = std::max<std::int64_t>(1, kElementsPerThread / std::max<std::int64_t>(1, cost));
+    const auto grain =
+        std::max<std::int64_t>(1, kElementsPerThread / std::max<std::int64_t>(1, cost));
     return torch::stable::parallel_for(0, count, grain, cpu);
   }
 #ifdef TORCH_ROUTERS_WITH_CUDA

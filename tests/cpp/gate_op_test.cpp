@@ -34,9 +34,9 @@ TEST(TopkGateOp, MatchesAten) {
 
 TEST(TopkGateOp, AcceptsNonContiguousTensors) {
   const Tensor x = at::randn({17, 64}).t(), valid = (at::rand({64, 2}) < 0.5).select(1, 0);
-  EXPECT_TRUE(
-      at::equal(std::get<0>(topk_gate(x, 3, true, valid, std::nullopt, false)),
-                std::get<0>(topk_gate(x.contiguous(), 3, true, valid.contiguous(), std::nullopt, false))));
+  EXPECT_TRUE(at::equal(
+      std::get<0>(topk_gate(x, 3, true, valid, std::nullopt, false)),
+      std::get<0>(topk_gate(x.contiguous(), 3, true, valid.contiguous(), std::nullopt, false))));
 }
 
 TEST(TopkGateOp, SaysWhatIsWrong) {

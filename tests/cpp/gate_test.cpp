@@ -60,8 +60,12 @@ class GateKernel : public testing::TestWithParam<Isa> {
 
   Results run(const Problem& q) {
     const GateShape s = q.shape();
-    Results r{q.indices, std::vector<double>(s.tokens * s.slots, 7), {}, {},
-              std::vector<int64_t>(s.groups * s.experts, 7), std::vector<int64_t>(s.groups, 7)};
+    Results r{q.indices,
+              std::vector<double>(s.tokens * s.slots, 7),
+              {},
+              {},
+              std::vector<int64_t>(s.groups * s.experts, 7),
+              std::vector<int64_t>(s.groups, 7)};
     if (q.indices.empty()) r.indices.resize(s.tokens * s.slots, 7);
     if (q.statistics) {
       r.lse.resize(s.tokens, 7);
@@ -69,14 +73,27 @@ class GateKernel : public testing::TestWithParam<Isa> {
     }
     std::vector<double> scores(s.blocks() * s.experts), sums(s.segments() * s.experts, 7);
     std::vector<int64_t> counts(s.segments() * s.experts, 7);
-    const Gate<double> forward{s, q.logits.data(), q.valid_data(), q.offsets_data(),
-                               r.indices.data(), r.weights.data(),
-                               q.statistics ? r.lse.data() : nullptr, scores.data(), sums.data(),
-                               counts.data(), q.indices.empty(), q.renormalize};
+    const Gate<double> forward{s,
+                               q.logits.data(),
+                               q.valid_data(),
+                               q.offsets_data(),
+                               r.indices.data(),
+                               r.weights.data(),
+                               q.statistics ? r.lse.data() : nullptr,
+                               scores.data(),
+                               sums.data(),
+                               counts.data(),
+                               q.indices.empty(),
+                               q.renormalize};
     call(forward, 0, s.blocks());
-    const GateCombine<double> combine{s, q.valid_data(), q.offsets_data(), sums.data(),
-                                      counts.data(), q.statistics ? r.score_sums.data() : nullptr,
-                                      r.counts.data(), r.group_tokens.data()};
+    const GateCombine<double> combine{s,
+                                      q.valid_data(),
+                                      q.offsets_data(),
+                                      sums.data(),
+                                      counts.data(),
+                                      q.statistics ? r.score_sums.data() : nullptr,
+                                      r.counts.data(),
+                                      r.group_tokens.data()};
     call(combine, 0, s.groups);
     return r;
   }
@@ -86,9 +103,9 @@ class GateKernel : public testing::TestWithParam<Isa> {
                                const std::vector<double>& sums) {
     const auto given = [](const std::vector<double>& v) { return v.empty() ? nullptr : v.data(); };
     std::vector<double> result(q.logits.size(), 7);
-    const GateBackward<double> backward{q.shape(), given(weights), given(lse), given(sums),
-                                        q.logits.data(), q.valid_data(), q.offsets_data(),
-                                        indices.data(), result.data(), q.renormalize};
+    const GateBackward<double> backward{
+        q.shape(),      given(weights),   given(lse),     given(sums),   q.logits.data(),
+        q.valid_data(), q.offsets_data(), indices.data(), result.data(), q.renormalize};
     call(backward, 0, q.tokens);
     return result;
   }
@@ -187,8 +204,7 @@ TEST_P(GateKernel, BackwardIsTheFiniteDifference) {
       Problem q = Problem::random(5, 19, 4);
       q.renormalize = renormalize;
       q.offsets = {0, 2, 5};
-      if (given)
-        q.indices = {3, 3, -1, 0, 1, 2, 4, 8, -1, -1, -1, -1, 18, 0, 18, 7, 5, -1, 6, 5};
+      if (given) q.indices = {3, 3, -1, 0, 1, 2, 4, 8, -1, -1, -1, -1, 18, 0, 18, 7, 5, -1, 6, 5};
       const Results at = run(q);
       const auto coefficients = [](std::size_t size, double phase) {
         std::vector<double> values(size);

@@ -18,8 +18,8 @@ TYPED_TEST_SUITE(Score, Types);
 template <class T> double ulps(T actual, long double exact) {
   const T rounded = static_cast<T>(exact);
   if (actual == rounded) return 0;
-  const T unit = std::nextafter(std::abs(rounded), std::numeric_limits<T>::infinity()) -
-                 std::abs(rounded);
+  const T unit =
+      std::nextafter(std::abs(rounded), std::numeric_limits<T>::infinity()) - std::abs(rounded);
   return static_cast<double>(std::abs(actual - exact) / unit);
 }
 
@@ -61,9 +61,11 @@ TEST(Score, LogIsWithinTwoUnits) {
 TYPED_TEST(Score, KeysRankAsLogitsDo) {
   using T = TypeParam;
   using Limits = std::numeric_limits<T>;
-  const std::vector<T> ascending = {-Limits::infinity(), Limits::lowest(), -1, -Limits::min(),
-                                    -Limits::denorm_min(), 0, Limits::denorm_min(), Limits::min(),
-                                    1, Limits::max(), Limits::infinity(), Limits::quiet_NaN()};
+  const std::vector<T> ascending = {
+      -Limits::infinity(),  Limits::lowest(),      -1,
+      -Limits::min(),       -Limits::denorm_min(), 0,
+      Limits::denorm_min(), Limits::min(),         1,
+      Limits::max(),        Limits::infinity(),    Limits::quiet_NaN()};
   EXPECT_GT(rank_key(ascending[0]), 0u);  // 0 stands for "none"
   for (std::size_t i = 1; i < ascending.size(); ++i)
     EXPECT_LT(rank_key(ascending[i - 1]), rank_key(ascending[i])) << i;

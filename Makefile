@@ -1,0 +1,57 @@
+# Each target sets up .venv by itself; TORCH=… takes another torch, ARGS=… goes to the command.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+ARGS ?=
+BUILD := build
+BIN := .venv/bin
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: demo test docs lint build clean
+
+demo: .venv/ablation build  ## train the routers of the ablation; table and pictures in ablation-results/
+	python -m torch_routers.ablation $(ARGS)
+
+test: .venv/test build  ## pytest and ctest
+	$(call need,test -e /usr/include/gtest/gtest.h || test -e /usr/local/include/gtest/gtest.h,libgtest-dev,GoogleTest for the C++ tests)
+	cmake -S . -B $(BUILD) -DBUILD_TESTING=ON >/dev/null
+	cmake --build $(BUILD)
+	ctest --test-dir $(BUILD) --output-on-failure --parallel 2
+	python -m pytest -n auto $(ARGS)
+
+docs: .venv/docs build  ## HTML in docs/_build/html, and every snippet run
+	sphinx-build -q -W -b html docs docs/_build/html
+	sphinx-build -q -W -b doctest docs docs/_build/doctest
+
+lint: .venv/lint
+	ruff check .
+	ruff format --check .
+	git ls-files 'csrc/*' 'tests/cpp/*' | grep -E '\.(h|cpp|cuh|cu)$$' | xargs clang-format --dry-run -Werror
+
+build: .venv/torch
+	python setup.py -q build_ext --inplace
+
+clean:
+	rm -rf .venv $(BUILD)
+
+# torch first: what depends on it would otherwise bring another one.
+.venv/torch: pyproject.toml
+	$(call need,command -v c++ >/dev/null,g++,the C++ compiler)
+	$(call need,$(PYTHON) -c 'import os$(comma) sysconfig; os.stat(sysconfig.get_path("include") + "/Python.h")' 2>/dev/null,python3-dev,headers of Python)
+	$(PYTHON) -m venv .venv
+	pip install -q "$(TORCH)"
+	pip install -q "cmake>=3.25" ninja "pybind11>=2.13" "setuptools>=77" wheel
+	pip install -q --no-build-isolation --no-deps -e .
+	touch $@
+
+# The extra of pyproject.toml that the file is named after.
+.venv/ablation .venv/test .venv/docs .venv/lint: .venv/torch
+	pip install -q --no-build-isolation -e ".[$(@F)]"
+	touch $@
+
+comma := ,
+# $(call need,test that it is there,Debian package,what it is)
+define need
+@{ $(1); } || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && echo "installing $(2), $(3)" && \
+  apt-get update -qq && apt-get install -y -qq $(2) >/dev/null; } || \
+  { echo "make: expected $(3), got none. Run: sudo apt-get install $(2)"; exit 1; }
+endef

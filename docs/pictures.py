@@ -1,0 +1,103 @@
+"""Draws the pictures of the router pages into docs/images: ``python docs/pictures.py``."""
+
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import torch
+from matplotlib.patches import Rectangle
+
+import torch_routers as tr
+
+IMAGES = Path(__file__).parent / "images"
+BLUE, ORANGE, GREY = "#2a6f97", "#e07a2f", "#c9ced4"
+
+
+def draw_topk() -> plt.Figure:
+    """From the logits of one token to the weights of its experts, and five tokens at once."""
+    logits = torch.tensor([0.2, 1.6, -0.9, 0.5, 2.1, -0.2, 0.9, -1.3])
+    probs, experts = logits.softmax(0), range(len(logits))
+    normalised, indices, _ = tr.ops.topk_gate(logits[None], 2)
+    plain, _, _ = tr.ops.topk_gate(logits[None], 2, renormalize=False)
+    chosen = indices[0].tolist()
+    colors = [BLUE if e in chosen else GREY for e in experts]
+
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(9, 2.9), width_ratios=[1, 1, 1.15])
+    left.bar(experts, logits, color=colors)
+    left.axhline(0, color="black", linewidth=0.6)
+    left.set(title="logits $z$, the largest two", xlabel="expert", xticks=experts)
+
+    width = 0.38
+    middle.bar(experts, probs, width, color=GREY, label="softmax $p$")
+    for j, e in enumerate(chosen):
+        middle.bar(e, plain[0, j], width, color=ORANGE, label="_" * j + "plain weight")
+        middle.bar(e + width, normalised[0, j], width, color=BLUE, label="_" * j + "renormalised")
+    middle.set(title="weights $w$ of their slots", xlabel="expert", xticks=experts, ylim=(0, 0.85))
+    middle.legend(frameon=False, fontsize=8, loc="upper left")
+
+    tokens = torch.randn(5, 8, generator=torch.Generator().manual_seed(3))
+    mask = torch.tensor([True, True, True, False, True])
+    weights, indices, _ = tr.ops.topk_gate(tokens, 2, valid_mask=mask)
+    _grid(right, 5, 8)
+    for t in range(5):
+        for weight, expert in zip(weights[t].tolist(), indices[t].tolist(), strict=True):
+            if expert >= 0:
+                right.add_patch(Rectangle((expert, t), 1, 1, color=BLUE, alpha=weight))
+                right.text(expert + 0.5, t + 0.5, f"{weight:.2f}", ha="center", va="center",
+                           fontsize=7.5, color="white" if weight > 0.5 else "black")  # fmt: skip
+        if not mask[t]:
+            right.add_patch(Rectangle((0, t), 8, 1, facecolor="none", edgecolor=GREY, hatch="////"))
+    right.set(title="five tokens, one of them masked", xlabel="expert", ylabel="token")
+    return figure
+
+
+def draw_hash() -> plt.Figure:
+    """A table, and the load it gives a text whose ids are as skewed as words are."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 2.9), width_ratios=[1, 1.4])
+    table = tr.HashRouter(vocab_size=12, num_experts=8).table
+    _grid(left, 12, 8)
+    for token, expert in enumerate(table[:, 0].tolist()):
+        left.add_patch(Rectangle((expert, token), 1, 1, color=BLUE))
+    left.set(title="a table: one expert per id", xlabel="expert", ylabel="token id")
+    left.set_yticks([y + 0.5 for y in range(0, 12, 3)], range(0, 12, 3))
+
+    counts = (100_000 / torch.arange(1, 1025)).long()  # Zipf
+    routers = {
+        "random table": (tr.HashRouter(1024, 8), ORANGE),
+        "balanced table": (tr.HashRouter.balanced(counts, 8), BLUE),
+    }
+    for i, (name, (router, color)) in enumerate(routers.items()):
+        load = torch.zeros(8).index_add(0, router.table[:, 0], counts.float()) / counts.sum()
+        right.bar([e + 0.4 * i for e in range(8)], load, 0.4, color=color, label=name)
+    right.axhline(1 / 8, color="black", linewidth=0.8, linestyle="--", label="equal shares")
+    right.set(title="share of the tokens, 1024 ids of Zipf's law", xlabel="expert")
+    right.set_xticks([e + 0.2 for e in range(8)], range(8))
+    right.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def _grid(axes: plt.Axes, rows: int, columns: int) -> None:
+    axes.set(xlim=(0, columns), ylim=(rows, 0))
+    axes.set_xticks([x + 0.5 for x in range(columns)], range(columns))
+    axes.set_yticks([y + 0.5 for y in range(rows)], range(rows))
+    axes.tick_params(length=0)
+    for x in range(1, columns):
+        axes.axvline(x, color=GREY, linewidth=0.5)
+    for y in range(1, rows):
+        axes.axhline(y, color=GREY, linewidth=0.5)
+
+
+def main() -> None:
+    plt.rcParams.update({"font.size": 9, "axes.titlesize": 9.5, "svg.hashsalt": "torch-routers"})
+    IMAGES.mkdir(exist_ok=True)
+    for draw in draw_topk, draw_hash:
+        figure = draw()
+        for axes in figure.axes:
+            axes.spines[["top", "right"]].set_visible(False)
+        figure.tight_layout()
+        path = IMAGES / f"{draw.__name__.removeprefix('draw_')}.svg"
+        figure.savefig(path, metadata={"Date": None})
+        print(path)
+
+
+if __name__ == "__main__":
+    main()
