@@ -4,31 +4,32 @@ TORCH ?= torch==2.13.0
 ARGS ?=
 BUILD := build
 BIN := .venv/bin
+# CMake and Ninja of the same place, for setup.py too.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .PHONY: demo test docs lint build clean
 
 demo: .venv/ablation build  ## train the routers of the ablation; table and pictures in ablation-results/
-	python -m torch_routers.ablation $(ARGS)
+	$(BIN)/python -m torch_routers.ablation $(ARGS)
 
 test: .venv/test build  ## pytest and ctest
 	$(call need,test -e /usr/include/gtest/gtest.h || test -e /usr/local/include/gtest/gtest.h,libgtest-dev,GoogleTest for the C++ tests)
-	cmake -S . -B $(BUILD) -DBUILD_TESTING=ON >/dev/null
-	cmake --build $(BUILD)
-	ctest --test-dir $(BUILD) --output-on-failure --parallel 2
-	python -m pytest -n auto $(ARGS)
+	$(BIN)/cmake -S . -B $(BUILD) -DBUILD_TESTING=ON >/dev/null
+	$(BIN)/cmake --build $(BUILD)
+	$(BIN)/ctest --test-dir $(BUILD) --output-on-failure --parallel 2
+	$(BIN)/python -m pytest -n auto $(ARGS)
 
 docs: .venv/docs build  ## HTML in docs/_build/html, and every snippet run
-	sphinx-build -q -W -b html docs docs/_build/html
-	sphinx-build -q -W -b doctest docs docs/_build/doctest
+	$(BIN)/sphinx-build -q -W -b html docs docs/_build/html
+	$(BIN)/sphinx-build -q -W -b doctest docs docs/_build/doctest
 
 lint: .venv/lint
-	ruff check .
-	ruff format --check .
-	git ls-files 'csrc/*' 'tests/cpp/*' | grep -E '\.(h|cpp|cuh|cu)$$' | xargs clang-format --dry-run -Werror
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	git ls-files 'csrc/*' 'tests/cpp/*' | grep -E '\.(h|cpp|cuh|cu)$$' | xargs $(BIN)/clang-format --dry-run -Werror
 
 build: .venv/torch
-	python setup.py -q build_ext --inplace
+	$(BIN)/python setup.py -q build_ext --inplace
 
 clean:
 	rm -rf .venv $(BUILD)
@@ -38,14 +39,14 @@ clean:
 	$(call need,command -v c++ >/dev/null,g++,the C++ compiler)
 	$(call need,$(PYTHON) -c 'import os$(comma) sysconfig; os.stat(sysconfig.get_path("include") + "/Python.h")' 2>/dev/null,python3-dev,headers of Python)
 	$(PYTHON) -m venv .venv
-	pip install -q "$(TORCH)"
-	pip install -q "cmake>=3.25" ninja "pybind11>=2.13" "setuptools>=77" wheel
-	pip install -q --no-build-isolation --no-deps -e .
+	$(BIN)/pip install -q "$(TORCH)"
+	$(BIN)/pip install -q "cmake>=3.25" ninja "pybind11>=2.13" "setuptools>=77" wheel
+	$(BIN)/pip install -q --no-build-isolation --no-deps -e .
 	touch $@
 
 # The extra of pyproject.toml that the file is named after.
 .venv/ablation .venv/test .venv/docs .venv/lint: .venv/torch
-	pip install -q --no-build-isolation -e ".[$(@F)]"
+	$(BIN)/pip install -q --no-build-isolation -e ".[$(@F)]"
 	touch $@
 
 comma := ,
