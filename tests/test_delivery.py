@@ -125,6 +125,11 @@ def test_attached_losses_with_a_gradient_scaler():
     assert_close(gradients(m), reference(BATCHES[:1]))
 
 
+def test_opcheck():
+    op = torch.ops.torch_routers._read_after.default
+    torch.library.opcheck(op, (torch.tensor(2.0), torch.ones(3)))
+
+
 def test_attached_losses_cannot_be_added_again():
     tr.attach(m := model())
     with tr.collect(m) as routings:

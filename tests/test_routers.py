@@ -325,6 +325,19 @@ def test_exports(case):
     assert_close(program.module()(*args), module(*args))
 
 
+def test_compiles_ahead_of_time(tmp_path):
+    """The operators are called by name from a program that inductor wrote."""
+    case = next(case for case in CASES if case.name == "top-2")
+    moe, tokens = case.moe().eval(), torch.export.Dim("tokens", min=2)
+    program = torch.export.export(moe, (inputs(6),), dynamic_shapes={"x": {0: tokens}})
+    path = str(tmp_path / "moe.pt2")
+    loaded = torch._inductor.aoti_load_package(
+        torch._inductor.aoti_compile_and_package(program, package_path=path)
+    )
+    for count in 6, 17:
+        assert_close(loaded(inputs(count)), moe(inputs(count)))
+
+
 @every_router
 def test_maps_over_a_batch(case):
     moe, x, context = case.moe(), inputs(3, 6), case.context((3, 6))
