@@ -8,6 +8,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "common/score.h"
+
 namespace torch_routers {
 
 constexpr int kWarp = 32;
@@ -40,7 +42,7 @@ template <class T> __device__ inline T warp_sum(T value) {
   return value;
 }
 
-// NaN is passed over.
+// Of values none of which is NaN.
 template <class T> __device__ inline T warp_max(T value) {
 #pragma unroll
   for (int distance = kWarp / 2; distance > 0; distance /= 2) {
@@ -62,6 +64,19 @@ __device__ inline std::uint64_t warp_max(std::uint64_t value) {
   const std::uint32_t upper = warp_max(mine);
   const std::uint32_t lower = warp_max(mine == upper ? static_cast<std::uint32_t>(value) : 0u);
   return (std::uint64_t{upper} << 32) | lower;
+}
+
+// Of the lanes with one key the first gets the sum of their values, in the order of lanes, and the
+// result true. Lanes with a negative key take no part.
+template <class T> __device__ inline bool warp_add_duplicates(std::int64_t key, T& value) {
+  const unsigned same = __match_any_sync(kAllLanes, key);
+  const bool first = lane() == __ffs(same) - 1;
+  if (__any_sync(kAllLanes, key >= 0 && !first))
+    for (int l = 1; l < kWarp; ++l) {
+      const T other = __shfl_sync(kAllLanes, value, l);
+      if (first && l != lane() && (same >> l & 1)) value += other;
+    }
+  return first && key >= 0;
 }
 
 // Neighbours that one instruction moves.
@@ -87,6 +102,11 @@ template <class T, int kPerLane> struct WarpRow {
     return reinterpret_cast<std::uintptr_t>(row) % sizeof(Pack<T, kPack>) == 0 && size % kPack == 0;
   }
 
+  // Addresses and bounds are those of values[0] and constants: an array of them would be held in
+  // registers where rows are loaded in a loop.
+  template <class Element> static __device__ Element* own(Element* row) { return row + first(); }
+  static __device__ bool has(int i, int size) { return offset(i) < size - first(); }
+
   __device__ void fill(T value) {
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) values[i] = value;
@@ -98,15 +118,15 @@ template <class T, int kPerLane> struct WarpRow {
     if (by_packs(row, size)) {
 #pragma unroll
       for (int i = 0; i < kPerLane; i += kPack)
-        if (element(i) < size) {
-          const auto pack = *reinterpret_cast<const Pack<T, kPack>*>(row + element(i));
+        if (has(i, size)) {
+          const auto pack = *reinterpret_cast<const Pack<T, kPack>*>(own(row) + offset(i));
 #pragma unroll
           for (int j = 0; j < kPack; ++j) values[i + j] = pack.values[j];
         }
     } else {
 #pragma unroll
       for (int i = 0; i < kPerLane; ++i)
-        if (element(i) < size) values[i] = row[element(i)];
+        if (has(i, size)) values[i] = own(row)[offset(i)];
     }
   }
 
@@ -114,18 +134,73 @@ template <class T, int kPerLane> struct WarpRow {
     if (by_packs(row, size)) {
 #pragma unroll
       for (int i = 0; i < kPerLane; i += kPack)
-        if (element(i) < size) {
+        if (has(i, size)) {
           Pack<T, kPack> pack;
 #pragma unroll
           for (int j = 0; j < kPack; ++j) pack.values[j] = values[i + j];
-          *reinterpret_cast<Pack<T, kPack>*>(row + element(i)) = pack;
+          *reinterpret_cast<Pack<T, kPack>*>(own(row) + offset(i)) = pack;
         }
     } else {
 #pragma unroll
       for (int i = 0; i < kPerLane; ++i)
-        if (element(i) < size) row[element(i)] = values[i];
+        if (has(i, size)) own(row)[offset(i)] = values[i];
     }
   }
 };
+
+// In lane j the element of the j-th largest value of a row, followed by -infinity, of at least
+// `count` elements; order of values: common/score.h.
+template <class T, int kPerLane>
+__device__ int warp_select(const WarpRow<T, kPerLane>& row, int count) {
+  using Row = WarpRow<T, kPerLane>;
+  Bits<T> keys[kPerLane], largest = 0;
+#pragma unroll
+  for (int i = 0; i < kPerLane; ++i) {
+    keys[i] = rank_key(row.values[i]);
+    largest = max(largest, keys[i]);
+  }
+  int selected = -1;
+  for (int j = 0; j < count; ++j) {
+    largest = warp_max(largest);
+    int mine = -1;
+#pragma unroll
+    for (int i = kPerLane - 1; i >= 0; --i)
+      if (keys[i] == largest) mine = Row::offset(i);
+    const int best = static_cast<int>(warp_min(mine < 0 ? ~0u : Row::first() + mine));
+    if (lane() == j) selected = best;
+    largest = 0;
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) {
+      if (Row::offset(i) == best - Row::first()) keys[i] = 0;
+      largest = max(largest, keys[i]);
+    }
+  }
+  return selected;
+}
+
+// The same of a row of any length; lane j % 32 writes selected[j]. The row is read again for every
+// j: the next one is the largest of those that rank after the last one.
+template <class T>
+__device__ void warp_select(const T* row, std::int64_t size, std::int64_t count,
+                            std::int64_t* selected) {
+  Bits<T> last = ~Bits<T>{0};
+  std::uint32_t after_last = 0;
+  for (std::int64_t j = 0; j < count; ++j) {
+    Bits<T> largest = 0;
+    std::uint32_t best = ~0u;
+    for (std::uint32_t i = lane(); i < size; i += kWarp) {
+      const Bits<T> key = rank_key(row[i]);
+      const bool open = key < last || (key == last && i >= after_last);
+      if (open && key > largest) {
+        largest = key;
+        best = i;
+      }
+    }
+    last = warp_max(largest);
+    best = warp_min(largest == last ? best : ~0u);
+    after_last = best + 1;
+    if (lane() == j % kWarp) selected[j] = best;
+  }
+}
 
 }  // namespace torch_routers

@@ -16,12 +16,15 @@
 // gradient 0, is counted nowhere, and its logits are never looked at. A row whose logits are all
 // -infinity has weights, probabilities and gradient 0.
 //
+// Callers check that indices and offsets fit; the CUDA kernels, for which that would cost a
+// synchronisation, guard themselves: the weight of an index out of range is NaN there.
+//
 // All arrays are dense and row-major. The tokens of group g are [group_offsets[g],
 // group_offsets[g + 1]); without offsets all tokens are one group.
 //
 // Sums over tokens do not depend on threads: tokens come in blocks of kBlock; the part of a group in
 // a block, a segment, has partial results of its own, in row block + group (both only grow, and each
-// segment has at least one of them larger than the last); gate_combine adds them up in order.
+// segment has at least one of them larger than the last); GateCombine adds them up in a fixed order.
 #pragma once
 
 #include <cstdint>
@@ -45,7 +48,7 @@ template <class T> struct Gate : GateShape {
   std::int64_t* indices;              // [tokens, slots], in [-1, experts)
   T* weights;                         // [tokens, slots]
   T* lse;                             // [tokens]; null, as the next two: no statistics
-  T* scores;                          // [blocks, experts], scratch
+  T* scores;                          // [blocks, experts], scratch of the CPU
   T* partial_sums;                    // [segments, experts]
   std::int64_t* partial_counts;       // [segments, experts]
   bool select, renormalize;

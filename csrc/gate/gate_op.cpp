@@ -92,7 +92,8 @@ Results run(const char* op, const Tensor& logits, const OptionalTensor& given,
   const Tensor group_tokens = new_empty(x, {shape.groups}, ScalarType::Long);
 
   OptionalTensor scores, partial_sums;
-  if (statistics || !renormalize) scores = new_empty(x, {shape.blocks(), shape.experts});
+  if (x.is_cpu() && (statistics || !renormalize))
+    scores = new_empty(x, {shape.blocks(), shape.experts});
   if (statistics) partial_sums = new_empty(x, {shape.segments(), shape.experts});
   const Tensor partial_counts = new_empty(x, {shape.segments(), shape.experts}, ScalarType::Long);
 

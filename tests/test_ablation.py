@@ -1,0 +1,568 @@
+"""The router comparison: text, model, statistics, resuming, the command line."""
+
+import json
+import math
+import random
+import shlex
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from torch_routers.ablation import corpora, metrics, run, statistics
+from torch_routers.ablation.cli import main
+from torch_routers.ablation.corpora import Corpus, Document, base, chosen_domains, read_corpora
+from torch_routers.ablation.errors import AblationError
+from torch_routers.ablation.model import DenseFeedForward, LanguageModel
+from torch_routers.ablation.presets import Settings
+from torch_routers.ablation.report import conclusions
+from torch_routers.ablation.results import Results
+from torch_routers.ablation.rows import ROWS, Row, router_file_row
+from torch_routers.ablation.split import SPLITS, split_corpora
+from torch_routers.ablation.tokens import (
+    Sequences,
+    TokenText,
+    tokenize,
+    train_tokenizer,
+    training_order,
+)
+from torch_routers.ablation.train import evaluate, rate, train_cell
+
+MY_ROUTER = Path(__file__).parents[1] / "examples" / "my_router.py"
+TINY = Settings(
+    steps=3,
+    layers=2,
+    hidden_size=16,
+    heads=2,
+    num_experts=4,
+    expert_size=8,
+    vocab_size=300,
+    sequence=16,
+    batch=4,
+    train_bytes=6000,
+    heldout_bytes=1500,
+)
+TINY_OPTIONS = shlex.split(
+    "--steps 3 --layers 2 --hidden-size 16 --heads 2 --num-experts 4 --expert-size 8 "
+    "--vocab-size 300 --sequence 16 --batch 4 --train-bytes 6000 --heldout-bytes 1500 --threads 1"
+)
+
+NEW = "    def __init__(self, hidden_size, num_experts, top_k): super().__init__(9, num_experts)\n"
+UNLIMITED = dict.fromkeys(SPLITS, 10**6)
+
+
+def words(seed: int | str, count: int) -> str:
+    vocabulary = ("router", "expert", "token", "naïve", "gate", "日本", "loss", "layer")
+    return " ".join(random.Random(seed).choices(vocabulary, k=count))
+
+
+def corpus(domain: str, *, documents: int = 100, size: int = 60) -> Corpus:
+    return Corpus(
+        domain, [Document(f"{n}.txt", words(f"{domain}{n}", size)) for n in range(documents)]
+    )
+
+
+def text_folder(folder: Path, domain: str) -> str:
+    folder = folder / domain
+    folder.mkdir(parents=True)
+    for document in corpus(domain).documents:
+        (folder / document.name).write_text(document.text, encoding="utf-8")
+    return f"{domain}={folder}"
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def tiny_text() -> TokenText:
+    text = split_corpora([corpus("a"), corpus("b")], TINY.limits())
+    return tokenize(text, vocab_size=TINY.vocab_size, length=TINY.sequence)
+
+
+@pytest.fixture
+def command(tmp_path: Path):
+    """Runs the command line on two small domains."""
+    texts = [text_folder(tmp_path, "a"), text_folder(tmp_path, "b")]
+
+    def compare(*arguments: str) -> int:
+        return main(
+            [
+                *("--corpora", "none", "--text", texts[0], "--text", texts[1]),
+                *("--out", str(tmp_path / "out"), *TINY_OPTIONS, *arguments),
+            ]
+        )
+
+    return compare
+
+
+# ---- text ----------------------------------------------------------------------------------------
+
+
+def test_no_document_is_in_two_splits():
+    text = split_corpora([corpus("a"), corpus("b")], UNLIMITED)
+    for domain in ("a", "b"):
+        names = [{d.name for d in text.documents[split][domain]} for split in SPLITS]
+        assert all(names)
+        assert not names[0] & names[1] and not names[0] & names[2] and not names[1] & names[2]
+
+
+def test_a_tenth_of_the_bytes_is_test_text():
+    text = split_corpora([corpus("a", documents=300)], UNLIMITED)
+    total = sum(text.shares.values())
+    assert text.shares["test"] == pytest.approx(total / 10, rel=0.1)
+    assert text.shares["validation"] == pytest.approx(total / 10, rel=0.1)
+
+
+def test_split_depends_on_names_and_not_on_order():
+    shuffled = corpus("a")
+    random.Random(0).shuffle(shuffled.documents)
+    limits = TINY.limits()
+    assert split_corpora([shuffled], limits) == split_corpora([corpus("a")], limits)
+
+
+def test_hash_of_the_data_sees_every_name_and_text():
+    hashes = set()
+    for change in ({}, {"name": "other"}, {"text": words(1, 80)}):
+        changed = corpus("a")
+        changed.documents[0] = changed.documents[0]._replace(**change)
+        hashes.add(split_corpora([changed], UNLIMITED).sha256())
+    assert len(hashes) == 3
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_domains_have_equal_shares(split: str):
+    text = split_corpora([corpus("a"), corpus("b", documents=400)], TINY.limits())
+    sizes = [sum(len(d.text.encode()) for d in part) for part in text.documents[split].values()]
+    one_character = 3  # bytes that a cut may leave out
+    assert all(text.shares[split] - one_character < size <= text.shares[split] for size in sizes)
+    assert text.shares[split] <= TINY.limits()[split]
+
+
+def test_the_smallest_domain_sets_the_share_and_is_named():
+    alone = split_corpora([corpus("small")], UNLIMITED)
+    both = split_corpora([corpus("small"), corpus("large", documents=400)], UNLIMITED)
+    assert both.shares == alone.shares
+    assert "train: 'small' has the least text and sets the share of all" in both.notes
+
+
+def test_empty_and_repeated_documents_are_left_out_and_told():
+    doubled = corpus("a")
+    twin = Document("twin", doubled.documents[0].text)
+    doubled.documents.extend([Document("empty", " \n"), twin])
+    text = split_corpora([doubled], TINY.limits())
+    assert "a: 2 of 102 documents are empty or repeated, left out" in text.notes
+
+
+def test_no_long_document_stands_for_a_domain():
+    long = corpus("a")
+    long.documents[:] = [d._replace(text=words(n, 5000)) for n, d in enumerate(long.documents)]
+    text = split_corpora([long], TINY.limits())
+    assert len(text.documents["train"]["a"]) >= 8
+
+
+def test_too_little_text_is_an_error():
+    with pytest.raises(AblationError, match=r"^ablation: expected at least 1024"):
+        split_corpora([corpus("a", documents=4, size=1)], TINY.limits())
+
+
+@pytest.mark.parametrize("domain", chosen_domains("default"))
+def test_default_corpora_are_readable_documents(domain: str):
+    (read,) = read_corpora([domain], {})
+    names = [document.name for document in read.documents]
+    assert len(set(names)) == len(names) >= 20
+    assert sum(len(document.text) for document in read.documents) > 200_000
+
+
+@pytest.mark.parametrize("domain", ["bible", "imdb", "rotten-tomatoes", "cmudict", "django"])
+def test_corpora_of_the_extra_are_readable_where_installed(domain: str):
+    try:
+        (read,) = read_corpora([domain], {})
+    except AblationError as error:
+        pytest.skip(str(error))
+    names = [document.name for document in read.documents]
+    assert len(set(names)) == len(names) >= 100
+
+
+@pytest.mark.parametrize("domain", ["bible", "imdb", "rotten-tomatoes", "cmudict", "django"])
+def test_missing_package_names_the_extra(domain: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(base, "find_spec", lambda name: None)
+    with pytest.raises(AblationError) as error:
+        read_corpora([domain], {})
+    assert 'pip install "torch-routers[corpora]"' in str(error.value)
+
+
+def test_django_translations_without_the_english_originals(tmp_path, monkeypatch):
+    folder = tmp_path / "conf" / "locale" / "fr" / "LC_MESSAGES"
+    folder.mkdir(parents=True)
+    (folder / "django.po").write_text(
+        'msgid ""\nmsgstr ""\n"Language: fr\\n"\n\nmsgid "Arabic"\nmsgstr "Arabe"\n\n'
+        'msgid "day"\nmsgid_plural "days"\nmsgstr[0] "un"\n" jour"\nmsgstr[1] "jours"\n',
+        encoding="utf-8",
+    )
+    monkeypatch.setattr(
+        corpora.django_translations, "package_file", lambda *_, distribution: tmp_path
+    )
+    (read,) = read_corpora(["django"], {})
+    assert read.documents == [Document("conf/fr", "Arabe\nun jour\njours")]
+
+
+def test_own_folder_tells_what_is_not_utf8(tmp_path: Path):
+    (tmp_path / "good.txt").write_text("good", encoding="utf-8")
+    (tmp_path / "bad.txt").write_bytes(b"\xff\xfe")
+    (tmp_path / ".hidden").write_text("hidden", encoding="utf-8")
+    (read,) = read_corpora([], {"mine": tmp_path})
+    assert read.documents == [Document("good.txt", "good")]
+    assert read.notes == ("1 files are not UTF-8, left out: bad.txt",)
+
+
+@pytest.mark.parametrize(
+    ("choice", "folders", "message"),
+    [
+        ("latin", {}, "--corpora: expected default, all, none or names of"),
+        ("none", {}, "--corpora: expected at least one corpus or --text, got none"),
+        ("none", {"mine": Path("nowhere")}, "--text: expected mine=DIR with a folder"),
+        ("yaml", {"yaml": Path()}, "--text: expected a NAME that no corpus has, got yaml"),
+    ],
+)
+def test_wrong_choice_of_text(choice: str, folders: dict[str, Path], message: str):
+    with pytest.raises(AblationError) as error:
+        read_corpora(chosen_domains(choice), folders)
+    assert str(error.value).startswith(message)
+
+
+# ---- tokens --------------------------------------------------------------------------------------
+
+
+def test_tokenizer_loses_nothing_and_is_reproducible():
+    texts = [words(n, 100) for n in range(5)]
+    tokenizer = train_tokenizer(texts, 300)
+    unseen = "Ünseen\ttext:  \x00 🙂\n"
+    assert tokenizer.decode(tokenizer.encode(unseen).ids) == unseen
+    assert train_tokenizer(texts, 300).to_str() == tokenizer.to_str()
+
+
+def test_bytes_of_tokens_add_up_to_the_text():
+    text = split_corpora([corpus("a")], TINY.limits())
+    tokens = tokenize(text, vocab_size=300, length=1)  # sequences of one token use all of them
+    ids = tokens.splits["test"].tokens
+    assert tokens.unused["test"] == 0
+    assert tokens.token_bytes[ids[:, 1]].sum() == text.shares["test"]
+
+
+def test_sequences_follow_each_other_and_know_their_domain(tiny_text: TokenText):
+    test = tiny_text.splits["test"]
+    first = test.tokens[test.domains == 0]
+    assert torch.equal(first[:-1, -1], first[1:, 0])
+    assert test.domains.unique().tolist() == [0, 1]
+
+
+def test_every_pass_sees_every_sequence_once():
+    order = training_order(6, steps=4, batch=3, seed=0).flatten()
+    assert order[:6].sort().values.tolist() == order[6:].sort().values.tolist() == list(range(6))
+    assert not torch.equal(order[:6], order[6:])
+
+
+# ---- model and training --------------------------------------------------------------------------
+
+
+def model_of(row: str, seed: int = 0) -> dict[str, torch.Tensor]:
+    counts = torch.arange(300)
+    build = ROWS[row].feed_forward(TINY, counts)
+    return LanguageModel(TINY, vocab_size=300, seed=seed, feed_forward=build).state_dict()
+
+
+def test_rows_share_all_but_the_feed_forward_layers():
+    models = {row: model_of(row) for row in ROWS}
+    shared = [name for name in models["hash"] if ".feed_forward." not in name]
+    assert len(shared) == 3 + TINY.layers * 4
+    for model in models.values():
+        assert all(torch.equal(model[name], models["hash"][name]) for name in shared)
+
+
+def test_routed_rows_share_their_experts():
+    first, second = model_of("hash"), model_of("softmax")
+    experts = [name for name in first if ".experts." in name]
+    assert len(experts) == TINY.layers * 2
+    assert all(torch.equal(first[name], second[name]) for name in experts)
+
+
+def test_seeds_and_layers_differ():
+    first, second = model_of("softmax"), model_of("softmax", seed=1)
+    name = "blocks.0.feed_forward.experts.down_proj"
+    assert not torch.equal(first[name], second[name])
+    assert not torch.equal(first[name], first[name.replace("0", "1")])
+
+
+def test_rows_see_the_same_batches(tiny_text: TokenText):
+    class Recording(DenseFeedForward):
+        def __init__(self, seen: list[torch.Tensor], draws: int) -> None:
+            super().__init__(TINY.hidden_size, 4)
+            self.seen, self.draws = seen, draws
+
+        def forward(self, x, *, token_ids):
+            torch.rand(self.draws)  # a router that draws must not move the others' batches
+            if self.training:
+                self.seen.append(token_ids.clone())
+            return super().forward(x)
+
+    def batches(draws: int) -> list[torch.Tensor]:
+        seen: list[torch.Tensor] = []
+        row = Row("recording", "", lambda *_: lambda *_: Recording(seen, draws))
+        train_cell(row, TINY, tiny_text, seed=0, learning_rate=1e-3, on_step=lambda bits: None)
+        return seen
+
+    assert torch.equal(torch.stack(batches(0)), torch.stack(batches(5)))
+
+
+def test_cells_are_reproducible(tiny_text: TokenText):
+    def cell(seed: int) -> list[float]:
+        measured = train_cell(
+            ROWS["softmax"],
+            TINY,
+            tiny_text,
+            seed=seed,
+            learning_rate=1e-2,
+            on_step=lambda bits: None,
+        )
+        return [*measured["curve"], measured["test"]["bits_per_byte"]]
+
+    assert cell(0) == cell(0) != cell(1)
+
+
+def test_diverging_training_stops_with_advice(tiny_text: TokenText):
+    with pytest.raises(AblationError, match="Try a lower --learning-rates"):
+        train_cell(
+            ROWS["dense-active"],
+            replace(TINY, steps=5),
+            tiny_text,
+            seed=0,
+            learning_rate=1e30,
+            on_step=lambda bits: None,
+        )
+
+
+def test_learning_rate_rises_then_falls_to_zero():
+    rates = [rate(step, 100) for step in range(101)]
+    assert rates[:6] == [0.2, 0.4, 0.6, 0.8, 1.0, 1.0]
+    assert rates[5:] == sorted(rates[5:], reverse=True)
+    assert rates[100] == pytest.approx(0)
+
+
+# ---- measures ------------------------------------------------------------------------------------
+
+
+def test_uniform_model_costs_log2_of_the_vocabulary_per_token():
+    class Uniform(nn.Module):
+        def forward(self, ids):
+            return torch.zeros(*ids.shape, 4)
+
+    tokens = torch.tensor([[0, 1, 2], [0, 3, 1]])
+    sequences = Sequences(tokens, domains=torch.tensor([0, 1]))
+    text = TokenText({}, ["a", "b"], torch.tensor([0, 1, 3, 7]), torch.ones(4), {})
+    measured = evaluate(Uniform(), sequences, text, batch=1)
+    # 2 bits a token; the targets 1, 2 stand for 1 + 3 bytes, the targets 3, 1 for 7 + 1.
+    assert measured["bits_per_byte_by_domain"] == pytest.approx({"a": 4 / 4, "b": 4 / 8})
+    assert measured["bits_per_byte"] == pytest.approx(8 / 12)
+    assert measured["load"] is None
+
+
+def test_bits_per_byte():
+    assert metrics.bits_per_byte(math.log(256) * 10, 10) == pytest.approx(8)
+
+
+def test_load_cv():
+    assert metrics.load_cv(torch.tensor([[5, 5, 5, 5]])) == 0
+    assert metrics.load_cv(torch.tensor([[8, 0, 0, 0]])) == pytest.approx(math.sqrt(3))
+    assert metrics.load_cv(torch.tensor([[1, 3], [2, 2]])) == pytest.approx((0.5 + 0) / 2)
+
+
+def test_active_experts():
+    load = torch.tensor([[100, 100, 10, 0], [50, 50, 50, 50]])
+    assert metrics.active_experts(load) == (3 + 4) / 2  # 10 is more than a tenth of 52.5
+
+
+def test_mutual_information():
+    independent = torch.tensor([[[10, 30], [20, 60]]])
+    told = torch.tensor([[[7, 0], [0, 7]]])
+    assert metrics.mutual_information(independent) == pytest.approx(0)
+    assert metrics.mutual_information(told) == pytest.approx(1)
+    # p = 3/8 and 1/8 against 1/4: 2 (3/8 log2 3/2 + 1/8 log2 1/2)
+    partly = torch.tensor([[[3, 1], [1, 3]]])
+    expected = 2 * (3 / 8 * math.log2(3 / 2) - 1 / 8)
+    assert metrics.mutual_information(partly) == pytest.approx(expected)
+    assert metrics.mutual_information(torch.cat([told, partly])) == pytest.approx(
+        (1 + expected) / 2
+    )
+
+
+def test_load_is_counted_by_domain(tiny_text: TokenText):
+    measured = train_cell(
+        ROWS["hash"], TINY, tiny_text, seed=0, learning_rate=1e-3, on_step=lambda bits: None
+    )
+    load = torch.tensor(measured["test"]["load"])
+    test = tiny_text.splits["test"]
+    slots = test.domains.bincount() * TINY.sequence * TINY.top_k
+    assert load.shape == (TINY.layers, 2, TINY.num_experts)
+    assert torch.equal(load.sum(-1), slots.expand(TINY.layers, 2))
+    assert measured["test"]["slots_per_token"] == TINY.top_k
+    experts = TINY.layers * TINY.num_experts * 3 * TINY.hidden_size * TINY.expert_size
+    assert measured["parameters"] - measured["active_parameters"] == experts // 2
+
+
+def test_paired_statistics_against_a_hand_example():
+    found = statistics.difference([1.0, 2.0, 4.0], [0.0, 1.0, 2.0])
+    error = math.sqrt(1 / 3) / math.sqrt(3)  # of the differences 1, 1, 2
+    assert found.mean == pytest.approx(4 / 3)
+    assert found.std == pytest.approx(math.sqrt(1 / 3))
+    assert found.margin == pytest.approx(4.30265 * error, rel=1e-5)
+    assert found.detectable == pytest.approx((4.30265 + 1.06066) * error, rel=1e-5)
+
+
+def test_one_seed_has_no_spread():
+    assert statistics.spread([2.0]) == statistics.Spread(2.0, None)
+    assert statistics.spread([1.0, 3.0]).text(2) == "2.00 ± 1.41"
+    assert statistics.difference([1.0], [2.0]) is None
+
+
+def test_other_work_on_the_machine_is_told():
+    def row(load: float) -> run.RowResult:
+        machine = {"threads": 2, "load_average": [load, 0, 0]}
+        return run.RowResult("row", "", 1e-3, [{"machine": machine}])
+
+    assert len(conclusions([row(2.5)], row(2.5))) == 1  # two threads are the cell's own
+    assert "1 of 2 cells" in conclusions([row(0), row(4)], row(0))[1]
+
+
+# ---- cells ---------------------------------------------------------------------------------------
+
+
+def fake_cell(row, settings, text, *, seed, learning_rate, on_step):
+    """Best on validation at 2e-3, best on test at 1e-3."""
+    return {
+        "validation": {"bits_per_byte": abs(learning_rate - 2e-3)},
+        "test": {"bits_per_byte": learning_rate},
+    }
+
+
+def test_learning_rate_is_chosen_by_validation(tmp_path, tiny_text, monkeypatch):
+    monkeypatch.setattr(run, "train_cell", fake_cell)
+    settings = replace(TINY, learning_rates=(1e-3, 2e-3, 4e-3), seeds=(0, 1))
+    results = Results(tmp_path / "results.jsonl", [])
+    (row,) = run.run_rows([ROWS["hash"]], settings, tiny_text, "sha", results, write=print)
+    assert row.learning_rate == 2e-3
+    assert row.values("bits_per_byte") == [2e-3, 2e-3]
+    assert [record["cell"]["seed"] for record in row.records] == [0, 1]
+
+
+def test_incomplete_last_line_is_told_and_run_again(tmp_path: Path):
+    path = tmp_path / "results.jsonl"
+    Results(path, []).add({"cell": {"row": "a"}})
+    with path.open("a") as file:
+        file.write('{"cell": {"row": "b"')
+    notes: list[str] = []
+    results = Results(path, notes)
+    assert notes == ["results.jsonl: the last line is incomplete, its cell is run again"]
+    results.add({"cell": {"row": "b"}})
+    assert [json.loads(line)["cell"]["row"] for line in path.open()] == ["a", "b"]
+
+
+# ---- command line --------------------------------------------------------------------------------
+
+
+def test_all_rows_and_a_router_file_end_to_end(command, tmp_path, capsys):
+    options = ("--seeds", "0", "1", "--router", f"{MY_ROUTER}:CosineRouter")
+    assert command(*options) == 0
+    out = tmp_path / "out"
+    pictures = {"loss_curves.png", "domains.png", "load.png", "specialisation.png"}
+    assert {path.name for path in out.iterdir()} == pictures | {"results.jsonl", "table.md"}
+    records = [json.loads(line) for line in (out / "results.jsonl").open()]
+    assert len(records) == (len(ROWS) + 1) * 2
+    for record in records:
+        assert {"row", "seed", "learning_rate", "steps", "data_sha256", "versions"} <= set(
+            record["cell"]
+        )
+        assert len(record["curve"]) == TINY.steps
+    table = (out / "table.md").read_text()
+    for name in (*ROWS, "CosineRouter"):
+        assert f"| {name} | " in table
+    assert all(f"]({name})" in table for name in pictures)
+    assert records[0]["cell"]["data_sha256"] in table
+    assert "2 paired seeds" in table and "detect" in table
+    printed = capsys.readouterr().out
+    assert "load average" in printed and "1 threads" in printed
+
+
+def test_finished_cells_are_not_run_again(command, tmp_path, capsys, monkeypatch):
+    rows = ("--rows", "dense-active,hash")
+    assert command(*rows) == 0
+    first = (tmp_path / "out" / "table.md").read_text()
+    assert "One seed shows no spread between seeds" in first
+
+    def forbidden(*arguments, **options):
+        raise AssertionError("a finished cell was run again")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "train_cell", forbidden)
+        assert command(*rows) == 0
+        assert (tmp_path / "out" / "table.md").read_text() == first
+        assert "2 cells are finished already" in capsys.readouterr().out
+        for change in (("--steps", "4"), ("--seeds", "1"), ("--fresh",)):
+            with pytest.raises(AssertionError, match="run again"):
+                command(*rows, *change)
+
+
+def test_a_changed_router_file_is_another_cell(tmp_path: Path):
+    file = tmp_path / "mine.py"
+    sources = set()
+    for line in ("", "# changed"):
+        file.write_text(f"import torch_routers as tr\nclass Changing(tr.HashRouter):\n{NEW}{line}")
+        sources.add(router_file_row(f"{file}:Changing").source)
+    assert len(sources) == 2
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (None, "expected FILE.py:CLASS with an existing file"),
+        (
+            "other = 1",
+            "expected Mine in mine.py to be a subclass of torch_routers.Router, got None",
+        ),
+        ("class Mine: pass", "expected Mine in mine.py to be a subclass"),
+        (
+            "import torch_routers as tr\nclass Mine(tr.Router):\n"
+            "    def __init__(self, width): super().__init__(2)",
+            "expected Mine(hidden_size=, num_experts=, top_k=) to work, got TypeError",
+        ),
+    ],
+)
+def test_wrong_router_file(source, message, command, tmp_path, capsys):
+    file = tmp_path / "mine.py"
+    if source is not None:
+        file.write_text(source)
+    assert command("--router", f"{file}:Mine") == 2
+    assert f"--router: {message}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--rows", "best"), "--rows: expected all or names of"),
+        (("--steps", "0"), "--steps: expected different positive numbers, got 0"),
+        (("--seeds", "1", "1"), "--seeds: expected different positive numbers, got (1, 1)"),
+        (("--top-k", "9"), "--top-k: expected at most num_experts=4, got 9"),
+        (("--hidden-size", "18"), "--hidden-size: expected a multiple of 2 * heads=4, got 18"),
+        (("--threads", "0"), "--threads: expected at least 1, got 0"),
+        (("--text", "c"), "--text: expected NAME=DIR with a new NAME, got c"),
+    ],
+)
+def test_wrong_options(options, message, command, capsys):
+    assert command(*options) == 2
+    assert capsys.readouterr().err.startswith(message)
