@@ -1,6 +1,9 @@
 """The hash router: a fixed table from token ids to experts."""
 
 import heapq
+import itertools
+import random
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -81,30 +84,37 @@ class HashRouter(Router):
         return router
 
     @classmethod
-    def balanced(cls, token_counts: Tensor, num_experts: int, top_k: int = 1) -> "HashRouter":
+    def balanced(
+        cls, token_counts: Tensor, num_experts: int, top_k: int = 1, *, seed: int = 0
+    ) -> "HashRouter":
         """A router whose experts see about equally many tokens of a text.
 
-        Ids are taken in descending order of frequency; each goes to the ``top_k`` experts that have
-        the fewest tokens so far (the paper's balanced hash). The loads then differ by no more than
-        the count of one id.
+        Ids are taken in descending order of frequency; each goes to the expert that has the fewest
+        tokens so far (the paper's balanced hash), so that loads differ by no more than the count of
+        one id. Each further slot does the same with loads of its own, with ids of similar frequency
+        in random order, and passes over the experts that the id has. (With common loads the same
+        experts would always be chosen together.)
 
         Args:
             token_counts: ``[vocab_size]``, how often each id occurs.
             num_experts, top_k: as in the constructor.
+            seed: of the random order.
         """
         if token_counts.dim() != 1:
             raise ValueError(
                 "HashRouter: expected token_counts of shape [vocab_size], "
                 f"got {list(token_counts.shape)}"
             )
-        router = cls(token_counts.shape[0], num_experts, top_k)
-        counts, table = token_counts.tolist(), [[]] * len(token_counts)
-        loads = [(0, expert) for expert in range(num_experts)]
-        for token in sorted(range(len(counts)), key=lambda token: -counts[token]):
-            lightest = [heapq.heappop(loads) for _ in range(top_k)]
-            table[token] = [expert for _, expert in lightest]
-            for load, expert in lightest:
-                heapq.heappush(loads, (load + counts[token], expert))
+        router = cls(token_counts.shape[0], num_experts, top_k, seed=seed)
+        counts = token_counts.tolist()
+        by_count = sorted(range(len(counts)), key=lambda token: -counts[token])
+        similar = [by_count[i : i + num_experts] for i in range(0, len(counts), num_experts)]
+        generator = random.Random(seed)
+        table: list[list[int]] = [[] for _ in counts]
+        for slot in range(top_k):
+            if slot > 0:
+                similar = [generator.sample(ids, len(ids)) for ids in similar]
+            _fill_slot(table, counts, itertools.chain(*similar), num_experts)
         router.table.copy_(torch.tensor(table))
         return router
 
@@ -135,3 +145,19 @@ class HashRouter(Router):
         if valid_mask is not None:
             indices = torch.where(valid, indices, -1)
         return Routing(weights, indices, counts=counts)
+
+
+def _fill_slot(
+    table: list[list[int]], counts: list[int], ids: Iterable[int], num_experts: int
+) -> None:
+    """Appends to each id's experts the one with the lightest load that it does not have yet."""
+    loads = [(0, expert) for expert in range(num_experts)]  # a heap
+    for token in ids:
+        passed_over = []
+        while loads[0][1] in table[token]:
+            passed_over.append(heapq.heappop(loads))
+        load, expert = loads[0]
+        heapq.heapreplace(loads, (load + counts[token], expert))
+        table[token].append(expert)
+        for item in passed_over:
+            heapq.heappush(loads, item)
