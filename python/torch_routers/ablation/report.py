@@ -1,0 +1,197 @@
+"""The table: a line in the console as each row ends, and ``table.md``."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+
+from torch_routers.ablation.metrics import ACTIVE_SHARE
+from torch_routers.ablation.presets import Settings
+from torch_routers.ablation.run import RowResult, versions
+from torch_routers.ablation.split import SplitText
+from torch_routers.ablation.statistics import difference, spread
+from torch_routers.ablation.tokens import TokenText
+
+NOTHING = "–"
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of the table.
+
+    Args:
+        heading: its name.
+        show: what it says of a row, given the baseline.
+        spreads: whether that includes the spread over several seeds.
+    """
+
+    heading: str
+    show: Callable[[RowResult, RowResult], str]
+    spreads: bool = False
+
+
+def _measure(heading: str, measure: str, digits: int) -> Column:
+    def show(row: RowResult, baseline: RowResult) -> str:
+        values = row.values(measure)
+        return NOTHING if values[0] is None else spread(values).text(digits)
+
+    return Column(heading, show, spreads=True)
+
+
+def _thousands(heading: str, measure: str) -> Column:
+    return Column(heading, lambda row, _: f"{spread(row.values(measure)).mean / 1000:,.0f}")
+
+
+def _difference(row: RowResult, baseline: RowResult) -> str:
+    if row.name == baseline.name:
+        return NOTHING
+    pairs = zip(row.values("bits_per_byte"), baseline.values("bits_per_byte"), strict=True)
+    return spread([value - base for value, base in pairs]).text(3)
+
+
+COLUMNS = (
+    Column("row", lambda row, baseline: row.name),
+    _measure("bits/byte", "bits_per_byte", 3),
+    Column("difference", _difference, spreads=True),
+    _measure("load CV", "load_cv", 2),
+    _measure("MI, bits", "mutual_information", 3),
+    _measure("active experts", "active_experts", 1),
+    _measure("CPU s", "cpu_seconds", 0),
+    _measure("tokens/CPU s", "tokens_per_cpu_second", 0),
+    _thousands("parameters, k", "parameters"),
+    _thousands("active, k", "active_parameters"),
+)
+
+
+def console_line(row: RowResult | None, baseline: RowResult | None, seeds: int) -> str:
+    """A row in columns of fixed width; without a row, the headings."""
+    cells = []
+    for column in COLUMNS:
+        text = column.show(row, baseline) if row and baseline else column.heading
+        width = max(len(column.heading), len(" 1.234"))
+        if column.spreads and seeds > 1:
+            width = max(width, len("-1.234 ± 0.005"))
+        cells.append(text.rjust(width) if cells else text.ljust(len("softmax-unbalanced")))
+    return "  ".join(cells).rstrip()
+
+
+def conclusions(rows: Sequence[RowResult], baseline: RowResult) -> list[str]:
+    """What the numbers can and cannot tell about the differences to the baseline."""
+    return [*_differences(rows, baseline), *_disturbances(rows)]
+
+
+def _differences(rows: Sequence[RowResult], baseline: RowResult) -> list[str]:
+    seeds = len(baseline.records)
+    if seeds == 1:
+        return [
+            "One seed shows no spread between seeds. It may not be concluded that any row is "
+            "better than another: another seed may reverse differences like these. Repeat with "
+            "--seeds 0 1 2."
+        ]
+    lines = []
+    for row in rows:
+        found = difference(row.values("bits_per_byte"), baseline.values("bits_per_byte"))
+        if row.name == baseline.name or found is None:
+            continue
+        told = "distinguishable" if abs(found.mean) > found.margin else "not distinguishable"
+        lines.append(
+            f"{row.name}: {found.mean:+.3f} ± {found.margin:.3f} bits/byte against "
+            f"{baseline.name} (95 % interval, {seeds} paired seeds), {told} from 0; smallest "
+            f"difference that {seeds} seeds like these detect: {found.detectable:.3f}."
+        )
+    return lines
+
+
+def _disturbances(rows: Sequence[RowResult]) -> list[str]:
+    """Other work on the machine makes the threads of a cell wait for each other, at full speed."""
+    machines = [record["machine"] for row in rows for record in row.records]
+    disturbed = [
+        machine["load_average"][0]
+        for machine in machines
+        if machine["load_average"] and machine["load_average"][0] > machine["threads"] + 1
+    ]
+    if not disturbed:
+        return []
+    return [
+        f"{len(disturbed)} of {len(machines)} cells began while the machine did other work (load "
+        f"average up to {max(disturbed):.1f}): CPU seconds and tokens per CPU second are too bad."
+    ]
+
+
+def table_markdown(
+    rows: Sequence[RowResult],
+    baseline: RowResult,
+    settings: Settings,
+    text: SplitText,
+    tokens: TokenText,
+    pictures: dict[str, str],
+) -> str:
+    """The whole report.
+
+    Args:
+        pictures: captions by file name.
+    """
+    seeds = len(settings.seeds)
+    plus_minus = f" ± is the standard deviation over {seeds} seeds." if seeds > 1 else ""
+    # What was chosen is told only where there was a choice.
+    rates = [Column("learning rate", lambda row, _: f"{row.learning_rate:g}")]
+    columns = (*COLUMNS, *(rates if len(settings.learning_rates) > 1 else ()))
+    domains = [
+        Column(domain, lambda row, _, domain=domain: _domain_bits(row, domain))
+        for domain in tokens.domains
+    ]
+    parts = [
+        "# Router comparison",
+        f"Test text, {settings.steps} steps of {settings.batch} × {settings.sequence} tokens; "
+        f"`difference` is to `{baseline.name}` in bits/byte, less is better.{plus_minus}",
+        _table(rows, baseline, columns),
+        "\n".join(f"- `{row.name}`: {row.describes}" for row in rows),
+        f"Load CV: standard deviation of the experts' load over its mean. MI: what an expert "
+        f"tells about the domain, in bits. Active experts: at least {ACTIVE_SHARE:.0%} of the "
+        "fair share. These three are means over layers. Active parameters: those that an "
+        "average token meets.",
+        "## What may be concluded",
+        "\n".join(f"- {line}" for line in conclusions(rows, baseline)),
+        "## Bits per byte by domain",
+        _table(rows, baseline, [COLUMNS[0], *domains]),
+        *(f"![{caption}]({name})\n\n{caption}" for name, caption in pictures.items()),
+        "## Text",
+        "\n".join(f"- {line}" for line in data_lines(settings, text, tokens)),
+        "## Settings",
+        ", ".join(f"{name} {_plain(value)}" for name, value in asdict(settings).items()) + ".",
+        ", ".join(f"{name} {version}" for name, version in versions().items()) + ".",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def data_lines(settings: Settings, text: SplitText, tokens: TokenText) -> list[str]:
+    """Where the text comes from, what was left out, and how often it is read."""
+    training = len(tokens.splits["train"])
+    passes = settings.steps * settings.batch / training
+    shares = ", ".join(f"{split} {share:,}" for split, share in text.shares.items())
+    documents = "; ".join(
+        f"{domain} {len(part)} / {len(text.documents['validation'][domain])} / "
+        f"{len(text.documents['test'][domain])}"
+        for domain, part in text.documents["train"].items()
+    )
+    unused = ", ".join(f"{split} {count}" for split, count in tokens.unused.items())
+    return [
+        f"{len(text.domains)} domains with equal shares, in bytes per domain: {shares}.",
+        f"Documents in training / validation / test: {documents}.",
+        f"Training reads its {training:,} sequences {passes:.2f} times. Tokens at the end of a "
+        f"domain that fill no sequence: {unused}.",
+        *(f"{note}." for note in text.notes),
+        f"sha256 of the text: {text.sha256()}.",
+    ]
+
+
+def _table(rows: Sequence[RowResult], baseline: RowResult, columns: Sequence[Column]) -> str:
+    lines = [[column.heading for column in columns], ["---"] + ["---:"] * (len(columns) - 1)]
+    lines += [[column.show(row, baseline) for column in columns] for row in rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _domain_bits(row: RowResult, domain: str) -> str:
+    return spread([bits[domain] for bits in row.values("bits_per_byte_by_domain")]).text(3)
+
+
+def _plain(value: object) -> str:
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)

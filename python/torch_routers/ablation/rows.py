@@ -1,0 +1,175 @@
+"""What is compared: dense layers, the library's routers, and the user's own."""
+
+import hashlib
+import importlib.util
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor, nn
+
+import torch_routers as tr
+from torch_routers.ablation.errors import AblationError
+from torch_routers.ablation.model import DenseFeedForward, seeded
+from torch_routers.ablation.presets import Settings
+
+BASELINE = "dense-active"
+CLASS_KEYWORDS = ("hidden_size", "num_experts", "top_k")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table.
+
+    Args:
+        name: in tables and pictures.
+        describes: half a line.
+        feed_forward: from settings and token counts ``[vocab_size]`` to the function that builds
+            the feed-forward layer from a seed and a layer number.
+        source: sha256 of the file that it comes from, when that is the user's.
+    """
+
+    name: str
+    describes: str
+    feed_forward: Callable[[Settings, Tensor], Callable[[int, int], nn.Module]]
+    source: str | None = None
+
+
+def _dense(name: str, describes: str, experts: Callable[[Settings], int]) -> Row:
+    def feed_forward(settings: Settings, token_counts: Tensor):
+        def build(seed: int, layer: int) -> nn.Module:
+            with seeded(seed, f"{layer}.dense"):
+                return DenseFeedForward(
+                    settings.hidden_size, experts(settings) * settings.expert_size
+                )
+
+        return build
+
+    return Row(name, describes, feed_forward)
+
+
+def _routed(
+    name: str,
+    describes: str,
+    router: Callable[[Settings, Tensor], tr.Router],
+    source: str | None = None,
+) -> Row:
+    def feed_forward(settings: Settings, token_counts: Tensor):
+        def build(seed: int, layer: int) -> nn.Module:
+            # Seeds of their own: the experts are equal whatever router stands before them.
+            with seeded(seed, f"{layer}.experts"):
+                experts = tr.SwiGLUExperts(
+                    num_experts=settings.num_experts,
+                    hidden_size=settings.hidden_size,
+                    intermediate_size=settings.expert_size,
+                )
+            with seeded(seed, f"{layer}.router"):
+                return tr.MoE(router(settings, token_counts), experts)
+
+        return build
+
+    return Row(name, describes, feed_forward, source)
+
+
+def _hash(settings: Settings, token_counts: Tensor) -> tr.Router:
+    return tr.HashRouter.balanced(
+        token_counts, num_experts=settings.num_experts, top_k=settings.top_k
+    )
+
+
+def _top_k(settings: Settings, losses: list[nn.Module]) -> tr.Router:
+    return tr.TopKRouter(
+        hidden_size=settings.hidden_size,
+        num_experts=settings.num_experts,
+        top_k=settings.top_k,
+        renormalize=True,
+        losses=losses,
+    )
+
+
+def _softmax_balanced(settings: Settings, token_counts: Tensor) -> tr.Router:
+    return _top_k(settings, [tr.losses.LoadBalanceLoss(1e-2), tr.losses.ZLoss(1e-3)])
+
+
+def _softmax_unbalanced(settings: Settings, token_counts: Tensor) -> tr.Router:
+    return _top_k(settings, [tr.losses.ZLoss(1e-3)])
+
+
+ROWS = {
+    row.name: row
+    for row in (
+        _dense(BASELINE, "one layer as wide as a token's experts", lambda s: s.top_k),
+        _dense("dense-total", "one layer as wide as all experts", lambda s: s.num_experts),
+        _routed("hash", "experts fixed by the token", _hash),
+        _routed("softmax", "softmax top-k, balance loss 1e-2, z-loss 1e-3", _softmax_balanced),
+        _routed("softmax-unbalanced", "the same without balance loss", _softmax_unbalanced),
+    )
+}
+
+
+def chosen_rows(names: str, router_files: list[str]) -> list[Row]:
+    """``all`` or names with commas between, then the user's routers.
+
+    Raises:
+        AblationError: a name is unknown or taken, or a router file cannot be used.
+    """
+    wanted = list(ROWS) if names == "all" else names.split(",")
+    unknown = [name for name in wanted if name not in ROWS]
+    if unknown:
+        raise AblationError(f"--rows: expected all or names of {', '.join(ROWS)}, got {unknown[0]}")
+    rows = [row for name, row in ROWS.items() if name in wanted]
+    for argument in router_files:
+        row = router_file_row(argument)
+        if any(row.name == other.name for other in rows):
+            raise AblationError(f"--router: expected different class names, got {row.name} twice")
+        rows.append(row)
+    return rows
+
+
+def router_file_row(argument: str) -> Row:
+    """The row of ``FILE.py:CLASS``.
+
+    The file is run. The class is a `torch_routers.Router` whose constructor takes ``hidden_size``,
+    ``num_experts`` and ``top_k`` by keyword.
+
+    Raises:
+        AblationError: there is no such file or class, or it cannot be built in this way.
+    """
+    name, _, class_name = argument.rpartition(":")
+    path = Path(name)
+    if not name or not path.is_file():
+        raise AblationError(
+            f"--router: expected FILE.py:CLASS with an existing file, got {argument}"
+        )
+    router_class = getattr(_run_file(path), class_name, None)
+    if not (isinstance(router_class, type) and issubclass(router_class, tr.Router)):
+        raise AblationError(
+            f"--router: expected {class_name} in {path.name} to be a subclass of "
+            f"torch_routers.Router, got {router_class!r}"
+        )
+
+    def router(settings: Settings, token_counts: Tensor) -> tr.Router:
+        keywords = {key: getattr(settings, key) for key in CLASS_KEYWORDS}
+        try:
+            return router_class(**keywords)
+        except TypeError as error:
+            raise AblationError(
+                f"--router: expected {class_name}({', '.join(f'{key}=' for key in keywords)}) to "
+                f"work, got TypeError: {error}"
+            ) from error
+
+    source = hashlib.sha256(path.read_bytes()).hexdigest()
+    router(Settings(), Tensor())  # a wrong constructor should not wait for its turn
+    return _routed(class_name, f"from {path.name}", router, source)
+
+
+def _run_file(path: Path):
+    name = f"ablation_router_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise AblationError(f"--router: expected a Python file, got {path}")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses and pickle look their module up here
+    spec.loader.exec_module(module)
+    return module
