@@ -64,7 +64,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="FILE.py:CLASS",
         help="your router as one more row; may be repeated. The file is run",
     )
-    result.add_argument("--threads", type=int, help="of torch; default: what torch chooses")
+    result.add_argument("--threads", type=int, help="of torch; default: free processors")
     result.add_argument("--fresh", action="store_true", help="run finished cells again as well")
     sizes = result.add_argument_group("sizes, instead of the preset's")
     for option in fields(Settings):
@@ -96,10 +96,10 @@ def _compare(options: argparse.Namespace) -> None:
     begin = time.perf_counter()
     settings = _settings(options)
     rows = chosen_rows(options.rows, options.router)
-    if options.threads is not None:
-        if options.threads < 1:
-            raise AblationError(f"--threads: expected at least 1, got {options.threads}")
-        torch.set_num_threads(options.threads)
+    threads = _free_threads() if options.threads is None else options.threads
+    if threads < 1:
+        raise AblationError(f"--threads: expected at least 1, got {threads}")
+    torch.set_num_threads(threads)
     print(_machine())
 
     print("Reading text …", flush=True)
@@ -155,6 +155,16 @@ def _folders(arguments: Sequence[str]) -> dict[str, Path]:
             raise AblationError(f"--text: expected NAME=DIR with a new NAME, got {argument}")
         folders[name] = Path(folder)
     return folders
+
+
+def _free_threads() -> int:
+    """As many of torch's threads as processors have nothing else to do.
+
+    Two threads that share a processor with other work are several times slower than one, because
+    they wait for each other dozens of times per layer.
+    """
+    busy = (load_average() or (0.0,))[0]
+    return max(1, min(torch.get_num_threads(), round((os.cpu_count() or 1) - busy)))
 
 
 def _machine() -> str:
