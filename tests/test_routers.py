@@ -448,6 +448,9 @@ def test_refuses_what_no_router_knows(case):
         router(inputs(2, 3), **context, token_idx=torch.zeros(2, 3))
     facts = {"row_ids": torch.arange(6), "task_ids": torch.zeros(2)}
     assert_same_bits(router(inputs(2, 3), **context, **facts), router(inputs(2, 3), **context))
+    for x in torch.zeros(()), torch.zeros(2, 3, HIDDEN, dtype=torch.int64):
+        with pytest.raises(ValueError, match=f"{name}: expected x in a floating dtype of shape"):
+            router(x, **context)
     for mask in torch.ones(2, 3), torch.ones(3, dtype=torch.bool):
         with pytest.raises(
             ValueError, match=rf"{name}: expected valid_mask in bool of shape \[2, 3\]"

@@ -129,7 +129,7 @@ def _domains(rows: Sequence[RowResult], baseline: RowResult) -> Figure:
     axes.axvline(0, color="black", linewidth=1)
     axes.axhline(0.5, color="0.7", linewidth=1)
     axes.set_yticks(places, ["all text", *names])
-    axes.invert_yaxis()
+    axes.set_ylim(len(places) - 0.5, -0.5)
     bars = f", bars: standard deviation of {seeds} seeds" if seeds > 1 else ", one seed"
     axes.set(
         title="Test loss by domain",

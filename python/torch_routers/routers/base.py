@@ -112,6 +112,11 @@ class Router(Configurable, nn.Module):
         return type(self).__name__
 
     def _check(self, x: Tensor, valid_mask: Tensor | None, context: dict[str, Any]) -> None:
+        if x.dim() < 1 or not x.is_floating_point():
+            raise ValueError(
+                f"{self._name}: expected x in a floating dtype of shape [..., hidden_size], "
+                f"got {x.dtype} of shape {list(x.shape)}"
+            )
         for name in self.traits.needs:
             if context.get(name) is None:
                 raise ValueError(
