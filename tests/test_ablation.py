@@ -432,11 +432,12 @@ def test_one_seed_has_no_spread():
 
 
 def test_other_work_on_the_machine_is_told():
-    def row(load: float) -> run.RowResult:
-        machine = {"threads": 2, "load_average": [load, 0, 0]}
+    def row(load: float, threads: int = 2) -> run.RowResult:
+        machine = {"threads": threads, "load_average": [load, 0, 0]}
         return run.RowResult("row", "", 1e-3, [{"machine": machine}])
 
     assert len(conclusions([row(2.5)], row(2.5))) == 1  # two threads are the cell's own
+    assert len(conclusions([row(9, threads=1)], row(9))) == 1  # one thread waits for no other
     assert "1 of 2 cells" in conclusions([row(0), row(4)], row(0))[1]
 
 

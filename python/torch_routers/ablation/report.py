@@ -101,18 +101,19 @@ def _differences(rows: Sequence[RowResult], baseline: RowResult) -> list[str]:
 
 
 def _disturbances(rows: Sequence[RowResult]) -> list[str]:
-    """Other work on the machine makes the threads of a cell wait for each other, at full speed."""
+    """Threads that share a processor with other work wait for each other, and that counts."""
     machines = [record["machine"] for row in rows for record in row.records]
     disturbed = [
         machine["load_average"][0]
         for machine in machines
-        if machine["load_average"] and machine["load_average"][0] > machine["threads"] + 1
+        if machine["load_average"] and machine["load_average"][0] > machine["threads"] + 1 > 2
     ]
     if not disturbed:
         return []
     return [
         f"{len(disturbed)} of {len(machines)} cells began while the machine did other work (load "
-        f"average up to {max(disturbed):.1f}): CPU seconds and tokens per CPU second are too bad."
+        f"average up to {max(disturbed):.1f}): their CPU seconds are too high. Repeat with --fresh "
+        "--threads 1."
     ]
 
 
