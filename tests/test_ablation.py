@@ -15,7 +15,7 @@ from torch_routers.ablation import corpora, metrics, run, statistics
 from torch_routers.ablation.cli import main
 from torch_routers.ablation.corpora import Corpus, Document, base, chosen_domains, read_corpora
 from torch_routers.ablation.errors import AblationError
-from torch_routers.ablation.model import DenseFeedForward, LanguageModel
+from torch_routers.ablation.model import DenseFeedForward, LanguageModel, seeded
 from torch_routers.ablation.presets import Settings
 from torch_routers.ablation.report import conclusions
 from torch_routers.ablation.results import Results
@@ -321,19 +321,35 @@ def test_rows_see_the_same_batches(tiny_text: TokenText):
     assert torch.equal(torch.stack(batches(0)), torch.stack(batches(5)))
 
 
-def test_cells_are_reproducible(tiny_text: TokenText):
-    def cell(seed: int) -> list[float]:
-        measured = train_cell(
-            ROWS["softmax"],
-            TINY,
-            tiny_text,
-            seed=seed,
-            learning_rate=1e-2,
-            on_step=lambda bits: None,
-        )
-        return [*measured["curve"], measured["test"]["bits_per_byte"]]
+def final_bits(row: Row, text: TokenText, seed: int = 0) -> float:
+    measured = train_cell(row, TINY, text, seed=seed, learning_rate=1e-2, on_step=lambda bits: None)
+    return measured["test"]["bits_per_byte"]
 
-    assert cell(0) == cell(0) != cell(1)
+
+def test_cells_are_reproducible_even_where_a_row_draws(tiny_text: TokenText):
+    class Noisy(DenseFeedForward):
+        def forward(self, x, *, token_ids):
+            return super().forward(x + torch.randn_like(x))
+
+    def build(seed: int, layer: int) -> nn.Module:
+        with seeded(seed, f"{layer}.noisy"):
+            return Noisy(TINY.hidden_size, 4)
+
+    row = Row("noisy", "", lambda settings, token_counts: build)
+    first = final_bits(row, tiny_text)
+    torch.rand(1)
+    state = torch.get_rng_state()
+    assert final_bits(row, tiny_text) == first
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_seeds_give_different_cells(tiny_text: TokenText):
+    assert final_bits(ROWS["softmax"], tiny_text) != final_bits(ROWS["softmax"], tiny_text, seed=1)
+
+
+def test_losses_of_a_router_are_trained(tiny_text: TokenText):
+    bits = {name: final_bits(ROWS[name], tiny_text) for name in ("softmax", "softmax-unbalanced")}
+    assert len(set(bits.values())) == 2  # the rows differ in the balance loss alone
 
 
 def test_diverging_training_stops_with_advice(tiny_text: TokenText):
@@ -460,6 +476,21 @@ def test_learning_rate_is_chosen_by_validation(tmp_path, tiny_text, monkeypatch)
     assert row.learning_rate == 2e-3
     assert row.values("bits_per_byte") == [2e-3, 2e-3]
     assert [record["cell"]["seed"] for record in row.records] == [0, 1]
+
+
+def test_a_changed_router_or_text_is_run_again(tmp_path, tiny_text, monkeypatch):
+    seen = []
+
+    def count(row, *arguments, **options):
+        seen.append(row.source)
+        return fake_cell(row, *arguments, **options)
+
+    monkeypatch.setattr(run, "train_cell", count)
+    results = Results(tmp_path / "results.jsonl", [])
+    for source, data in (("old", "a"), ("old", "a"), ("new", "a"), ("new", "b")):
+        row = replace(ROWS["hash"], source=source)
+        list(run.run_rows([row], TINY, tiny_text, data, results, write=print))
+    assert seen == ["old", "new", "new"]
 
 
 def test_incomplete_last_line_is_told_and_run_again(tmp_path: Path):
