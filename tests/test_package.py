@@ -99,6 +99,7 @@ def test_importing_brings_no_optional_package():
     optional = {"transformers", "peft", "accelerate", "tokenizers", "matplotlib", "pytest"}
     assert "torch_routers.ops.gate" in names
     assert not names & {*optional, "torch_routers.ablation"}
+    assert "torch._dynamo" not in names, "importing the compiler takes a second"
 
 
 def test_environment_report():

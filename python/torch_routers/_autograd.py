@@ -71,7 +71,9 @@ def differentiable(
         vmap=vmap,
     )
 
-    @torch.compiler.disable(reason="the forward-mode derivative of an operator cannot be traced")
+    # The compiler cannot trace a forward-mode derivative. (torch.compiler.disable would say so too,
+    # but import the compiler, a second's work, together with this library.)
+    @torch._disable_dynamo
     def apply_transformed(*inputs):
         return transformed.apply(*inputs)
 
