@@ -24,6 +24,8 @@ class CMakeBuild(build_ext):
     def build_extensions(self):
         import pybind11
 
+        self.force = True  # copy what CMake made, also over a newer file of another build
+
         cuda = os.environ.get("TORCH_ROUTERS_CUDA", "auto").lower()
         print(f"torch_routers: TORCH_ROUTERS_CUDA={cuda}", flush=True)
         configure = ["cmake", "-G", "Ninja", "-S", ROOT, "-B", BUILD]

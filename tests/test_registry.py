@@ -26,7 +26,7 @@ def test_registry_finds_and_explains():
         {"class": "os.system", "command": "true"},
         {"class": "ZLoss"},
         {"class": "ZLoss", "weight": 1.0, "more": 2},
-        {"class": "ZLoss", "weight": object()},
+        {"class": "ZLoss", "weight": 1j},
         {"class": "ZLoss", "weight": {"class": "eval"}},
         {"class": "ZLoss", 1: 2},
         {"class": "TopKRouter", "hidden_size": 4, "num_experts": 2, "top_k": 3},
