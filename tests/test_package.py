@@ -67,6 +67,7 @@ def test_with_a_library_that_does_not_load(tmp_path):
 def test_the_library_names_the_torch_that_it_needs():
     """The version in _library.py is the one that the build targets and the metadata asks for."""
     major, minor = 2, 13
+    assert f"NEEDED = ({major}, {minor})" in (PACKAGE / "_library.py").read_text()
     cmake, metadata = (ROOT / "CMakeLists.txt").read_text(), (ROOT / "pyproject.toml").read_text()
     assert f"TORCH_TARGET_VERSION=0x{major:02x}{minor:02x}000000000000" in cmake
     assert f'"torch>={major}.{minor}"' in metadata
