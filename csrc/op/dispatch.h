@@ -7,6 +7,7 @@
 
 #include <algorithm>
 
+#include "common/scalar.h"
 #include "op/check.h"
 
 namespace torch_routers {
@@ -21,6 +22,21 @@ void dispatch_float_double(const char* op, const char* argument, const Tensor& t
     default:
       check(false, op, ": expected ", argument, " in float32 or float64, got ", dtype(tensor),
             ". Convert it with .float()");
+  }
+}
+
+// The same for float32, float64, bfloat16 and float16.
+template <class Body>
+void dispatch_floating(const char* op, const char* argument, const Tensor& tensor,
+                       const Body& body) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float: return body.template operator()<float>();
+    case ScalarType::Double: return body.template operator()<double>();
+    case ScalarType::BFloat16: return body.template operator()<BFloat16>();
+    case ScalarType::Half: return body.template operator()<Float16>();
+    default:
+      check(false, op, ": expected ", argument, " in float32, float64, bfloat16 or float16, got ",
+            dtype(tensor));
   }
 }
 
