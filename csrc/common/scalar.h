@@ -13,15 +13,18 @@
 
 namespace torch_routers {
 
-// The unsigned integer of a scalar's size.
+// The unsigned and the signed integer of a scalar's size.
 template <class T> struct BitsOf;
 template <> struct BitsOf<float> {
   using type = std::uint32_t;
+  using signed_type = std::int32_t;
 };
 template <> struct BitsOf<double> {
   using type = std::uint64_t;
+  using signed_type = std::int64_t;
 };
 template <class T> using Bits = typename BitsOf<T>::type;
+template <class T> using SignedBits = typename BitsOf<T>::signed_type;
 
 // `static`, here and in the other headers: each translation unit keeps its own copy, so that the
 // linker can never hand code built for AVX-512 to a kernel built for a lesser machine.

@@ -81,4 +81,39 @@ TORCH_ROUTERS_HOST_DEVICE static inline double own_log(double x) {
   return static_cast<double>(n) * 0x1.62e42fee00000p-1 + (2.0 * s + tail);
 }
 
+// ln(1 + u) for u in [0, 1], as 2 atanh(u / (2 + u)).
+template <class T> TORCH_ROUTERS_HOST_DEVICE static inline T own_log1p(T u) {
+  constexpr int kTerms = sizeof(T) == 4 ? 8 : 18;  // the next is below a quarter of a unit
+  const T s = u / (T{2} + u), z = s * s;
+  T p = T{1} / T{2 * kTerms - 1};
+  for (int k = 2 * kTerms - 3; k >= 3; k -= 2) p = p * z + T{1} / static_cast<T>(k);
+  return T{2} * s * z * p + T{2} * s;
+}
+
+TORCH_ROUTERS_HOST_DEVICE static inline float own_sqrt(float x) { return __builtin_sqrtf(x); }
+TORCH_ROUTERS_HOST_DEVICE static inline double own_sqrt(double x) { return __builtin_sqrt(x); }
+
+// 1 / (1 + e^-x) and its derivative, without overflow.
+template <class T> TORCH_ROUTERS_HOST_DEVICE static inline T sigmoid(T x) {
+  const T e = own_exp(x < 0 ? x : -x);
+  return (x < 0 ? e : T{1}) / (T{1} + e);
+}
+template <class T> TORCH_ROUTERS_HOST_DEVICE static inline T sigmoid_slope(T x) {
+  const T e = own_exp(x < 0 ? x : -x);
+  return e / ((T{1} + e) * (T{1} + e));
+}
+
+// sqrt(ln(1 + e^x)) and its derivative. Where e^x is next to nothing, ln(1 + e^x) is e^x, whose root
+// does not run out of exponents.
+template <class T> constexpr T kSmallSoftplus = sizeof(T) == 4 ? -20 : -40;
+template <class T> TORCH_ROUTERS_HOST_DEVICE static inline T sqrt_softplus(T x) {
+  const T root = own_exp(x * T{0.5});
+  const T softplus = (x > 0 ? x : T{0}) + own_log1p(own_exp(x < 0 ? x : -x));
+  return x < kSmallSoftplus<T> ? root : x != x ? x : own_sqrt(softplus);
+}
+template <class T> TORCH_ROUTERS_HOST_DEVICE static inline T sqrt_softplus_slope(T x) {
+  const T value = sqrt_softplus(x);
+  return T{0.5} * (x < kSmallSoftplus<T> ? value : sigmoid(x) / value);
+}
+
 }  // namespace torch_routers

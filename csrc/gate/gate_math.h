@@ -1,4 +1,5 @@
-// Formulas of gate_kernel.h shared by CPU and CUDA: a softmax from its parts, groups and blocks.
+// Formulas of gate_kernel.h shared by CPU and CUDA: a softmax from its parts, scores of one logit,
+// groups of experts, groups and blocks of tokens.
 #pragma once
 
 #include "common/score.h"
@@ -27,6 +28,40 @@ template <class T> struct Softmax {
 };
 
 }  // namespace
+
+// The scores of which each depends on its logit alone, and their derivatives.
+template <class T> TORCH_ROUTERS_HOST_DEVICE static inline T score_of(Score score, T x) {
+  return score == Score::Sigmoid ? sigmoid(x) : score == Score::SqrtSoftplus ? sqrt_softplus(x) : x;
+}
+template <class T> TORCH_ROUTERS_HOST_DEVICE static inline T slope_of(Score score, T x) {
+  return score == Score::Sigmoid ? sigmoid_slope(x) : sqrt_softplus_slope(x);
+}
+
+template <class T> TORCH_ROUTERS_HOST_DEVICE static inline T inverse_or_zero(T x) {
+  return x == 0 ? T{0} : T{1} / x;
+}
+
+// The sum of the `count` largest of value(0) ... value(size - 1), largest first.
+template <class Value>
+TORCH_ROUTERS_HOST_DEVICE static inline auto sum_of_largest(std::int64_t size, std::int64_t count,
+                                                            const Value& value) {
+  using T = decltype(value(0));
+  T sum = 0;
+  Bits<T> last = 0;
+  std::int64_t at = -1;  // of the last one added
+  for (std::int64_t j = 0; j < count; ++j) {
+    Bits<T> best = 0;
+    std::int64_t best_at = -1;
+    for (std::int64_t i = 0; i < size; ++i) {
+      const Bits<T> key = rank_key(value(i));
+      const bool is_left = at < 0 || key < last || (key == last && i > at);
+      if (is_left && key > best) best = key, best_at = i;
+    }
+    sum += value(best_at);
+    last = best, at = best_at;
+  }
+  return sum;
+}
 
 TORCH_ROUTERS_HOST_DEVICE static inline std::int64_t smaller(std::int64_t a, std::int64_t b) {
   return a < b ? a : b;

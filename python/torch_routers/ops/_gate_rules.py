@@ -4,43 +4,81 @@ Both have the same: the choice of experts has no derivative. ``csrc/gate/gate_ke
 formula of the gradient, which is an operator; `_plain` is what everything rarer is derived from.
 """
 
+from typing import NamedTuple
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from torch_routers._autograd import differentiable, jvp
+from torch_routers._autograd import differentiable, jvp, vmap_by_loop
 
 _topk_op = torch.ops.torch_routers.topk_gate.default
 _gate_op = torch.ops.torch_routers.gate.default
 _backward_op = torch.ops.torch_routers._gate_backward.default
 
+#: What the operators call 0, 1, 2.
+SCORES = ("softmax", "sigmoid", "sqrt_softplus")
+
 
 # ---- the formula, and what is derived from it ----------------------------------------------------
 
 
-def _plain(logits, indices, renormalize, valid_mask, group_offsets):
+class Weighing(NamedTuple):
+    """How scores become weights; `csrc/gate/gate_kernel.h`. In the order of the operators."""
+
+    score: int
+    renormalize: bool
+    epsilon: float
+    scale: float
+
+    def scores(self, logits, probs):
+        if self.score == SCORES.index("softmax"):
+            return probs
+        if self.score == SCORES.index("sigmoid"):
+            return logits.sigmoid()
+        # The root of ln(1 + e^x), which next to 0 is e^x; 0, not NaN, is its slope at -infinity.
+        is_small = logits < -20 if logits.dtype == torch.float32 else logits < -40
+        small = (logits.where(is_small, 0) / 2).exp()
+        return small.where(is_small, F.softplus(logits.where(~is_small, 0), threshold=50).sqrt())
+
+
+def _plain(logits, indices, weighing, valid_mask, group_offsets):
     """Weights, lse and score sums in plain PyTorch, for given indices.
 
     The formula to fall back on where there is no kernel; forward mode and the second derivative,
     off the hot path, are derived from it.
     """
+    logits = logits if logits.dtype == torch.float64 else logits.float()
     kept = indices >= 0
     if valid_mask is not None:
         kept = kept & valid_mask[:, None]
         logits = logits.where(valid_mask[:, None], 0)
     probs, lse = _softmax(logits)
-    if renormalize:
-        chosen = logits.gather(1, indices.clamp(min=0)).where(kept, -torch.inf)
-        weights, _ = _softmax(chosen)
+    scores = weighing.scores(logits, probs)
+    slots = indices.clamp(min=0)
+    if weighing.score == 0 and weighing.renormalize and weighing.epsilon == 0:
+        weights, _ = _softmax(logits.gather(1, slots).where(kept, -torch.inf))
     else:
-        weights = probs.gather(1, indices.clamp(min=0)).where(kept, 0)
+        weights = scores.gather(1, slots).where(kept, 0)
+        if weighing.renormalize:
+            weights = _normalized(weights, weighing.epsilon)
+    weights = weighing.scale * weights
+    if weighing.score != 0:
+        scores = _normalized(scores)
     if valid_mask is not None:
-        lse, probs = lse.where(valid_mask, 0), probs.where(valid_mask[:, None], 0)
+        lse, scores = lse.where(valid_mask, 0), scores.where(valid_mask[:, None], 0)
     if group_offsets is None:
-        return weights, lse, probs.sum(0, keepdim=True)
+        return weights, lse, scores.sum(0, keepdim=True)
     token = torch.arange(logits.shape[0], device=logits.device)
     group = torch.searchsorted(group_offsets[1:].contiguous(), token, right=True)
-    empty = probs.new_zeros(group_offsets.shape[0] - 1, probs.shape[1])
-    return weights, lse, empty.index_add(0, group, probs)
+    empty = scores.new_zeros(group_offsets.shape[0] - 1, scores.shape[1])
+    return weights, lse, empty.index_add(0, group, scores)
+
+
+def _normalized(x, epsilon=0.0):
+    """The rows divided by their sums; a row of zeros stays one."""
+    total = x.sum(1, keepdim=True) + epsilon
+    return x / total.where(total != 0, 1)
 
 
 def _softmax(x):
@@ -61,7 +99,8 @@ def _or_zeros(grads, outputs):
 
 
 def _setup_backward(ctx, inputs, output):
-    *grads, logits, indices, ctx.renormalize, valid_mask, group_offsets = inputs
+    *grads, logits, indices, score, renormalize, epsilon, scale, valid_mask, group_offsets = inputs
+    ctx.weighing = Weighing(score, renormalize, epsilon, scale)
     ctx.save_for_backward(*grads, logits, indices, valid_mask, group_offsets)
 
 
@@ -75,7 +114,7 @@ def _of_gradients_and_logits(ctx):
         for i, value in zip(present, values):
             full[i] = value
         *grads, logits = full
-        return _plain_backward(grads, logits, indices, ctx.renormalize, valid_mask, group_offsets)
+        return _plain_backward(grads, logits, indices, ctx.weighing, valid_mask, group_offsets)
 
     return function, [inputs[i] for i in present], present
 
@@ -84,7 +123,7 @@ def _double_backward(ctx, grad):
     function, inputs, present = _of_gradients_and_logits(ctx)
     _, vjp = torch.func.vjp(function, *inputs)
     results = dict(zip(present, vjp(grad)))
-    return *(results.get(i) for i in range(4)), None, None, None, None
+    return *(results.get(i) for i in range(4)), *[None] * 7
 
 
 def _backward_jvp(ctx, *tangents):
@@ -122,22 +161,27 @@ def _batched_offsets(offsets, logits):
     return torch.cat([(starts[:-1, None] + offsets[:, :-1]).flatten(), starts[-1:]])
 
 
-def _gate_vmap(call):
-    def vmap(info, in_dims, logits, indices, renormalize, valid_mask, offsets, statistics):
-        selects = not isinstance(indices, Tensor)
-        logits, given, mask, offsets = _batched(
-            info,
-            (in_dims[0], None if selects else in_dims[1], *in_dims[3:5]),
-            (logits, None if selects else indices, valid_mask, offsets),
+def _gate_vmap(call, *, selects):
+    def vmap(info, in_dims, logits, second, *options):
+        *options, valid_mask, offsets, statistics = options
+        *dims, mask_dim, offsets_dim, _ = in_dims[2:]
+        if selects:  # bias and groups of experts are those of every sample; token_top_k is not
+            bias_dim, top_dim = dims[4], dims[8]
+            if bias_dim is not None:
+                return vmap_by_loop(call)(info, in_dims, logits, second, *options, valid_mask,
+                                          offsets, statistics)  # fmt: skip
+            (options[8],) = _batched(info, [top_dim], [options[8]])
+            options[8] = _flat(options[8])
+        else:
+            (second,) = _batched(info, [in_dims[1]], [second])
+            second = _flat(second)
+        logits, mask, offsets = _batched(
+            info, (in_dims[0], mask_dim, offsets_dim), (logits, valid_mask, offsets)
         )
         outputs = call(
-            _flat(logits),
-            indices if selects else _flat(given),
-            renormalize,
-            _flat(mask),
-            _batched_offsets(offsets, logits),
+            _flat(logits), second, *options, _flat(mask), _batched_offsets(offsets, logits),
             statistics,
-        )
+        )  # fmt: skip
         # Every result has tokens or groups as its first dimension, or nothing.
         return tuple(
             x.unflatten(0, (info.batch_size, x.shape[0] // info.batch_size)) for x in outputs
@@ -147,14 +191,15 @@ def _gate_vmap(call):
 
 
 def _backward_vmap(info, in_dims, *inputs):
-    *tensors, renormalize, valid_mask, offsets = inputs
+    *tensors, score, renormalize, epsilon, scale, valid_mask, offsets = inputs
     *tensors, mask, offsets = _batched(
-        info, (*in_dims[:5], *in_dims[6:]), (*tensors, valid_mask, offsets)
+        info, (*in_dims[:5], *in_dims[9:]), (*tensors, valid_mask, offsets)
     )
     logits = tensors[3]
     grad = _gate_backward(
-        *map(_flat, tensors), renormalize, _flat(mask), _batched_offsets(offsets, logits)
-    )
+        *map(_flat, tensors), score, renormalize, epsilon, scale, _flat(mask),
+        _batched_offsets(offsets, logits),
+    )  # fmt: skip
     return grad.unflatten(0, logits.shape[:2]), 0
 
 
@@ -169,8 +214,8 @@ _gate_backward = differentiable(
 )
 
 
-def _save(ctx, logits, indices, renormalize, valid_mask, group_offsets, statistics):
-    ctx.renormalize, ctx.statistics = renormalize, statistics
+def _save(ctx, logits, indices, weighing, valid_mask, group_offsets, statistics):
+    ctx.weighing, ctx.statistics = weighing, statistics
     ctx.save_for_backward(logits, indices, valid_mask, group_offsets)
     ctx.set_materialize_grads(False)
 
@@ -180,7 +225,7 @@ def _gradient(ctx, grad_weights, grad_lse, grad_sums):
         grad_lse = grad_sums = None
     logits, indices, valid_mask, group_offsets = ctx.saved_tensors
     return _gate_backward(
-        grad_weights, grad_lse, grad_sums, logits, indices, ctx.renormalize, valid_mask,
+        grad_weights, grad_lse, grad_sums, logits, indices, *ctx.weighing, valid_mask,
         group_offsets,
     )  # fmt: skip
 
@@ -188,7 +233,7 @@ def _gradient(ctx, grad_weights, grad_lse, grad_sums):
 def _tangents(ctx, tangent):
     logits, indices, valid_mask, group_offsets = ctx.saved_tensors
     weights, lse, sums = jvp(
-        lambda x: _plain(x, indices, ctx.renormalize, valid_mask, group_offsets),
+        lambda x: _plain(x, indices, ctx.weighing, valid_mask, group_offsets),
         [logits],
         [tangent],
     )
@@ -196,14 +241,14 @@ def _tangents(ctx, tangent):
 
 
 def _topk_setup(ctx, inputs, output):
-    logits, _, *options = inputs
+    logits, _, *weighing = inputs[:6]
     _, indices, _, _, counts, group_tokens = output
     ctx.mark_non_differentiable(indices, counts, group_tokens)
-    _save(ctx, logits, indices, *options)
+    _save(ctx, logits, indices, Weighing(*weighing), *inputs[11:])
 
 
 def _topk_backward(ctx, grad_weights, _, grad_lse, grad_sums, *__):
-    return _gradient(ctx, grad_weights, grad_lse, grad_sums), None, None, None, None, None
+    return _gradient(ctx, grad_weights, grad_lse, grad_sums), *[None] * 13
 
 
 def _topk_jvp(ctx, tangent, *_):
@@ -216,18 +261,19 @@ topk_gate = differentiable(
     setup_context=_topk_setup,
     backward=_topk_backward,
     jvp=_topk_jvp,
-    vmap=_gate_vmap(lambda *inputs: topk_gate(*inputs)),
+    vmap=_gate_vmap(lambda *inputs: topk_gate(*inputs), selects=True),
     autocast=torch.float32,
 )
 
 
 def _gate_setup(ctx, inputs, output):
     ctx.mark_non_differentiable(*output[3:])
-    _save(ctx, *inputs)
+    logits, indices, *weighing = inputs[:6]
+    _save(ctx, logits, indices, Weighing(*weighing), *inputs[6:])
 
 
 def _gate_backward_formula(ctx, grad_weights, grad_lse, grad_sums, *_):
-    return _gradient(ctx, grad_weights, grad_lse, grad_sums), None, None, None, None, None
+    return _gradient(ctx, grad_weights, grad_lse, grad_sums), *[None] * 8
 
 
 def _gate_jvp(ctx, tangent, *_):
@@ -239,6 +285,21 @@ gate = differentiable(
     setup_context=_gate_setup,
     backward=_gate_backward_formula,
     jvp=_gate_jvp,
-    vmap=_gate_vmap(lambda *inputs: gate(*inputs)),
+    vmap=_gate_vmap(lambda *inputs: gate(*inputs), selects=False),
     autocast=torch.float32,
 )
+
+
+def _select_vmap(info, in_dims, scores, top_k, score, bias, groups, kept, best, top, mask):
+    if in_dims[3] is not None:
+        call = vmap_by_loop(topk_select)
+        return call(info, in_dims, scores, top_k, score, bias, groups, kept, best, top, mask)
+    scores, top, mask = _batched(info, (in_dims[0], *in_dims[7:]), (scores, top, mask))
+    tensors = map(_flat, (top, mask))
+    indices = topk_select(_flat(scores), top_k, score, bias, groups, kept, best, *tensors)
+    return indices.unflatten(0, scores.shape[:2]), 0
+
+
+# Indices have no derivative: a tensor that requires grad is used as it is.
+topk_select = torch.ops.torch_routers.topk_select.default
+torch.library.register_vmap("torch_routers::topk_select", _select_vmap)
