@@ -36,9 +36,9 @@ template <Score kScore, class S> void gate_block(const Gate<S>& p, int64_t block
   const Buffers<C> buffers = stack.get(p, p.scratch, block);
   for_each_segment(p, block, [&](int64_t group, int64_t first, int64_t past) {
     const int64_t segment = block + group;
-    int64_t* counts = p.weights ? p.partial_counts + segment * p.experts : nullptr;
+    int64_t* counts = p.weighs() ? p.partial_counts + segment * p.experts : nullptr;
     C* sums = p.lse ? p.partial_sums + segment * p.experts : nullptr;
-    if (p.weights) {
+    if (p.weighs()) {
       p.partial_tokens[segment] = past - first;
       for (int64_t t = first; p.valid && t < past; ++t) p.partial_tokens[segment] -= !p.valid[t];
       for (int64_t e = 0; e < p.experts; ++e) counts[e] = 0;

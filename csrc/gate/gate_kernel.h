@@ -88,15 +88,17 @@ template <class S> struct Gate : GateShape {
   const std::int64_t* group_offsets;  // [groups + 1]; null: one group
   const std::int64_t* token_top_k;    // [tokens], in [0, slots]; null: slots
   std::int64_t* indices;              // [tokens, slots], in [-1, experts)
-  C* weights;                         // [tokens, slots]; null, as all below: indices only
+  C* weights;                         // [tokens, slots]
   C* lse;                             // [tokens]; null, as the next: no statistics
   C* partial_sums;                    // [segments, experts]
-  std::int64_t* partial_counts;       // [segments, experts]
+  std::int64_t* partial_counts;       // [segments, experts]; null: indices only
   std::int64_t* partial_tokens;       // [segments]
   C* scratch;                         // [blocks, scratch_size()], of the CPU; null if that is 0
   bool select;
   GateSelection<C> selection;
   GateWeights<C> weighing;
+
+  TORCH_ROUTERS_HOST_DEVICE constexpr bool weighs() const { return partial_counts; }
 };
 
 template <class C> struct GateCombine : GateShape {

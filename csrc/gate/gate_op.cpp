@@ -11,7 +11,6 @@ namespace {
 
 using std::int64_t;
 using OptionalTensor = std::optional<Tensor>;
-using torch::stable::new_empty;
 
 // weights, indices, lse, score_sums, counts, group_tokens; without statistics lse is [0] and
 // score_sums [0, experts]. (An op has a fixed number of results.)
@@ -69,7 +68,7 @@ GateShape check_shape(const char* op, const Tensor& logits, int64_t slots,
 
 OptionalTensor new_scratch(const Tensor& x, const GateShape& shape) {
   if (!x.is_cpu() || shape.scratch_size() == 0) return std::nullopt;
-  return new_empty(x, {shape.blocks(), shape.scratch_size()}, compute_type(x));
+  return allocate(x, {shape.blocks(), shape.scratch_size()}, compute_type(x));
 }
 
 // What is in a tensor can be checked on the CPU only: on CUDA it would cost a synchronisation, and
@@ -160,24 +159,24 @@ Results run(const char* op, const Tensor& logits, const OptionalTensor& given,
   const OptionalTensor bias = contiguous(selection.bias), top = contiguous(selection.token_top_k);
   check_offsets(op, shape, offsets);
   const Tensor indices = given ? torch::stable::contiguous(*given)
-                               : new_empty(x, {shape.tokens, shape.slots}, ScalarType::Long);
+                               : allocate(x, {shape.tokens, shape.slots}, ScalarType::Long);
   if (given) check_index_values(op, shape, indices);
 
   const auto [tokens, experts, slots, groups] = shape;
   const ScalarType type = compute_type(x);
-  const Tensor weights = new_empty(x, {tokens, slots}, type);
-  const Tensor lse = new_empty(x, {statistics ? tokens : 0}, type);
-  const Tensor score_sums = new_empty(x, {statistics ? groups : 0, experts}, type);
-  const Tensor counts = new_empty(x, {groups, experts}, ScalarType::Long);
-  const Tensor group_tokens = new_empty(x, {groups}, ScalarType::Long);
+  const Tensor weights = allocate(x, {tokens, slots}, type);
+  const Tensor lse = allocate(x, {statistics ? tokens : 0}, type);
+  const Tensor score_sums = allocate(x, {statistics ? groups : 0, experts}, type);
+  const Tensor counts = allocate(x, {groups, experts}, ScalarType::Long);
+  const Tensor group_tokens = allocate(x, {groups}, ScalarType::Long);
 
   // The results of a single segment are those of its group.
   const bool combines = shape.segments() != 1 || groups != 1;
   Tensor partial_sums = score_sums, partial_counts = counts, partial_tokens = group_tokens;
   if (combines) {
-    if (statistics) partial_sums = new_empty(x, {shape.segments(), experts}, type);
-    partial_counts = new_empty(x, {shape.segments(), experts}, ScalarType::Long);
-    partial_tokens = new_empty(x, {shape.segments()}, ScalarType::Long);
+    if (statistics) partial_sums = allocate(x, {shape.segments(), experts}, type);
+    partial_counts = allocate(x, {shape.segments(), experts}, ScalarType::Long);
+    partial_tokens = allocate(x, {shape.segments()}, ScalarType::Long);
   }
   const OptionalTensor scratch = new_scratch(x, shape);
 
@@ -267,7 +266,7 @@ Tensor topk_select(const Tensor& scores, int64_t top_k, int64_t score, const Opt
   const OptionalTensor valid = contiguous(valid_mask);
   const Selection selection{contiguous(bias), num_groups, topk_group, group_best,
                             contiguous(token_top_k)};
-  const Tensor indices = new_empty(x, {shape.tokens, shape.slots}, ScalarType::Long);
+  const Tensor indices = allocate(x, {shape.tokens, shape.slots}, ScalarType::Long);
   const OptionalTensor scratch = new_scratch(x, shape);
   dispatch_floating(op, "scores", x, [&]<class S>() {
     using C = Compute<S>;
@@ -321,7 +320,7 @@ Tensor gate_backward(const OptionalTensor& grad_weights, const OptionalTensor& g
   check_index_values(op, shape, best);
   const Weighing weighing{score, renormalize, epsilon, scale};
   check_weighing(op, weighing);
-  const Tensor grad_logits = new_empty(x, {shape.tokens, shape.experts});
+  const Tensor grad_logits = allocate(x, {shape.tokens, shape.experts}, x.scalar_type());
   const OptionalTensor scratch = new_scratch(x, shape);
   dispatch_floating(op, "logits", x, [&]<class S>() {
     using C = Compute<S>;

@@ -132,7 +132,7 @@ void select_row(const Gate<S>& p, const Compute<S>* x, const Buffers<Compute<S>>
 template <class S> void write_masked(const Gate<S>& p, int64_t t) {
   for (int64_t j = t * p.slots; j < (t + 1) * p.slots; ++j) {
     if (p.select) p.indices[j] = -1;
-    if (p.weights) p.weights[j] = 0;
+    if (p.weighs()) p.weights[j] = 0;
   }
   if (p.lse) p.lse[t] = 0;
 }
@@ -153,7 +153,7 @@ void gate_row(const Gate<S>& p, int64_t t, int64_t segment, const Buffers<Comput
     select_row<kScore>(p, x, b, indices);
     empty_slots(p, t);
   }
-  if (!p.weights) return;
+  if (!p.weighs()) return;
 
   const bool of_slots = kScore == Score::Softmax && p.weighing.of_slots();
   C* weights = p.weights + t * p.slots;

@@ -173,7 +173,7 @@ void gate_tile(const Gate<S>& p, int64_t first, int64_t count, int64_t* counts,
       select_row<kScore>(p, load_row(p.logits + (first + l) * p.experts, p.experts, b.x), b, best);
     empty_slots(p, first + l);
   }
-  if (!p.weights) return;
+  if (!p.weighs()) return;
   load_indices(indices, count, p.slots, tile);
 
   const bool of_slots = kScore == Score::Softmax && p.weighing.of_slots();

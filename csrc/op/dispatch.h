@@ -72,6 +72,26 @@ template <class T> T* mutable_data(const std::optional<Tensor>& tensor) {
   return tensor ? mutable_data<T>(*tensor) : nullptr;
 }
 
+// An uninitialised tensor where `like` is, contiguous. (torch::stable::new_empty goes through the
+// dispatcher twice, which costs more than a small kernel.)
+inline Tensor allocate(const Tensor& like, std::initializer_list<std::int64_t> sizes,
+                       ScalarType dtype) {
+  std::int64_t strides[8], step = 1;
+  for (std::size_t d = sizes.size(); d-- > 0;) {
+    strides[d] = step;
+    step *= std::max<std::int64_t>(1, sizes.begin()[d]);
+  }
+  std::int32_t device = 0, index = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &index));
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      static_cast<std::int64_t>(sizes.size()), sizes.begin(), strides,
+      torch::stable::detail::to<std::int32_t>(torch::stable::detail::from(dtype)), device, index,
+      &handle));
+  return Tensor(handle);
+}
+
 inline std::optional<Tensor> contiguous(const std::optional<Tensor>& tensor) {
   return tensor ? std::optional(torch::stable::contiguous(*tensor)) : std::nullopt;
 }

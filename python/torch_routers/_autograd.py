@@ -19,6 +19,16 @@ import torch
 from torch.autograd import Function, forward_ad
 from torch.utils._pytree import tree_map
 
+# Looked up once: this is asked at every call, which takes a few microseconds in all.
+_below_autograd = torch._C._AutoDispatchBelowAutograd
+_is_grad_enabled = torch.is_grad_enabled
+_any_requires_grad = torch._C._any_requires_grad
+_is_any_autocast_enabled = torch._C._is_any_autocast_enabled
+_are_functorch_transforms_active = torch._C._are_functorch_transforms_active
+_len_torch_dispatch_stack = torch._C._len_torch_dispatch_stack
+_len_torch_function_stack = torch._C._len_torch_function_stack
+_get_tracing_state = torch._C._get_tracing_state
+
 _PLAIN = frozenset({
     torch.Tensor, torch.nn.Parameter, type(None), bool, int, float, str, torch.dtype, torch.device,
 })  # fmt: skip
@@ -46,12 +56,9 @@ def differentiable(
         for device in "cpu", "cuda":
             torch.library.register_autocast(name, device, autocast)
 
-    def below_autograd(*inputs):
-        with torch._C._AutoDispatchBelowAutograd():
-            return op(*inputs)
-
     def short_forward(ctx, *inputs):
-        output = below_autograd(*inputs)
+        with _below_autograd():
+            output = op(*inputs)
         setup_context(ctx, inputs, output)
         return output
 
@@ -81,17 +88,18 @@ def differentiable(
         forward_mode = forward_ad._current_level >= 0
         if torch.compiler.is_compiling() and not forward_mode:
             return op(*inputs)
+        if not forward_mode and _is_plain_eager(inputs):
+            if _is_grad_enabled() and _any_requires_grad(*inputs):
+                return short.apply(*inputs)
+            with _below_autograd():
+                return op(*inputs)
         if autocast and torch._C._is_any_autocast_enabled():  # before the derivatives, not below
             inputs = [_autocast(x, autocast) for x in inputs]
             with torch._C._DisableAutocast():
                 return call(*inputs)
         if forward_mode or torch._C._are_functorch_transforms_active():
             return apply_transformed(*inputs)
-        if not _is_plain_eager(inputs):
-            return op(*inputs)
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs):
-            return short.apply(*inputs)
-        return below_autograd(*inputs)
+        return op(*inputs)
 
     return call
 
@@ -131,13 +139,17 @@ def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
 
 
 def _is_plain_eager(inputs) -> bool:
-    """No subclass, symbolic size or list of tensors; no mode or tracer that wants to see the op."""
-    return (
-        _PLAIN.issuperset(map(type, inputs))
-        and not torch._C._len_torch_dispatch_stack()
-        and not torch._C._len_torch_function_stack()
-        and torch._C._get_tracing_state() is None
-    )
+    """No autocast, transform, mode or tracer that wants to see the op; no unusual inputs.
+
+    Unusual are subclasses, symbolic sizes and lists of tensors.
+    """
+    return not (
+        _is_any_autocast_enabled()
+        or _are_functorch_transforms_active()
+        or _len_torch_dispatch_stack()
+        or _len_torch_function_stack()
+        or _get_tracing_state() is not None
+    ) and _PLAIN.issuperset(map(type, inputs))
 
 
 def _autocast(x, dtype):

@@ -19,10 +19,12 @@ class Sample:
     smooth: bool = False
 
     def to(self, dtype: torch.dtype) -> "Sample":
-        def cast(x):
+        def cast(x, dtype=dtype):
             return x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
 
-        options = {name: cast(value) for name, value in self.options.items()}
+        # Tensors among the options are parameters, such as a bias, which stay in full precision.
+        full = torch.float64 if dtype == torch.float64 else torch.float32
+        options = {name: cast(value, full) for name, value in self.options.items()}
         return Sample(self.name, tuple(map(cast, self.args)), options, self.smooth)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "Sample":
@@ -58,6 +60,8 @@ class OpCase:
     tolerance: Callable[[Sample], float]
     #: The same bits on every instruction set.
     same_bits_on_every_isa: bool = True
+    #: Results are float32 where inputs are bfloat16 or float16.
+    results_in_full_precision: bool = False
 
     def __str__(self) -> str:
         return self.name

@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from torch_routers._autograd import differentiable, jvp, vmap_by_loop
 

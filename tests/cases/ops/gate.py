@@ -1,4 +1,4 @@
-"""topk_gate and gate: the same reference, with indices chosen or given."""
+"""topk_gate, gate and topk_select: one reference, with indices chosen or given."""
 
 import itertools
 import math
@@ -44,16 +44,63 @@ def log_sum_exp(x):
     return largest + (x - largest).exp().sum().log()
 
 
+def scores_of(row, score):
+    if score == "softmax":
+        return softmax(row)
+    if score == "sigmoid":
+        return torch.sigmoid(row)
+    if score == "sqrt_softplus":  # next to 0, ln(1 + e^x) is e^x
+        zero = (row * 0).nan_to_num(0, 0, 0)
+        return torch.stack([
+            (x / 2).exp() if x < -40 else x.exp().log1p().sqrt() if x < 30 else x.sqrt() + z
+            for x, z in zip(row, zero)
+        ])  # fmt: skip
+    return row
+
+
+def select(row, top_k, *, score, bias, num_groups, topk_group, group_score):
+    """The experts of one token, best first."""
+    with torch.no_grad():
+        values, groups_by = row, row
+        best = {"max": 1, "top2_sum": 2, "topk_sum": max(1, top_k // topk_group)}[group_score]
+        if bias is not None or (num_groups > 1 and best > 1):
+            groups_by = scores_of(row, score)
+            groups_by = groups_by if bias is None else groups_by + bias
+        if bias is not None:
+            values = groups_by
+        size = len(row) // num_groups
+        allowed = list(range(len(row)))
+        if num_groups > 1:
+            sums = []
+            for group in groups_by.split(size):
+                total = group.new_zeros(())
+                for expert in ranking(group)[:best]:
+                    total = total + group[expert]
+                sums.append(total)
+            kept = set(ranking(torch.stack(sums))[:topk_group])
+            allowed = [e for e in allowed if e // size in kept]
+        return [e for e in ranking(values) if e in allowed][:top_k]
+
+
+SELECTION = {
+    "bias": None, "num_groups": 1, "topk_group": 1, "group_score": "top2_sum",
+}  # fmt: skip
+
+
 def reference(
-    logits, indices, *, renormalize=True, valid_mask=None, group_offsets=None, statistics=False
-):
+    logits, indices, *, score="softmax", renormalize=True, epsilon=None, scale=1.0,
+    token_top_k=None, valid_mask=None, group_offsets=None, statistics=False, **selection,
+):  # fmt: skip
     leading, num_experts = logits.shape[:-1], logits.shape[-1]
     rows = logits.reshape(-1, num_experts)
     is_given = isinstance(indices, torch.Tensor)
     slots = indices.shape[-1] if is_given else indices
     given = indices.reshape(len(rows), slots).tolist() if is_given else None
     valid = [True] * len(rows) if valid_mask is None else valid_mask.flatten().tolist()
+    limits = [slots] * len(rows) if token_top_k is None else token_top_k.flatten().tolist()
     offsets = [0, len(rows)] if group_offsets is None else group_offsets.tolist()
+    if epsilon is None:
+        epsilon = 0.0 if score == "softmax" else 1e-20
 
     zero = logits.new_zeros(())
     weights, chosen, lse, sums, counts, tokens = [], [], [], [], [], []
@@ -66,19 +113,30 @@ def reference(
                 lse.append(zero)
                 continue
             x = rows[t]
-            experts = ranking(x)[:slots] if given is None else given[t]
-            probs = softmax(x)
+            if given is None:
+                experts = select(x, slots, score=score, **SELECTION | selection)[: limits[t]]
+                experts += [-1] * (slots - len(experts))
+            else:
+                experts = given[t]
+            scores = scores_of(x, score)
+            total = sum((scores[e] for e in experts if e >= 0), zero) + epsilon
             kept = [e for e in experts if e >= 0]
-            among_kept = iter(softmax(x[kept])) if kept else None
+            of_kept = iter(softmax(x[kept])) if kept else None
             for e in experts:
                 if e < 0:
                     weights.append(zero)
+                    continue
+                if not renormalize:
+                    weights.append(scale * scores[e])
+                elif score == "softmax" and epsilon == 0:
+                    weights.append(scale * next(of_kept))
                 else:
-                    weights.append(next(among_kept) if renormalize else probs[e])
-                    group_counts[e] += 1
+                    weights.append(scale * (scores[e] / total if total != 0 else scores[e]))
+                group_counts[e] += 1
             chosen += experts
             lse.append(log_sum_exp(x))
-            group_sums = group_sums + probs
+            everything = scores.sum()
+            group_sums = group_sums + (scores if everything == 0 else scores / everything)
         sums.append(group_sums)
         counts.append(group_counts)
         tokens.append(sum(valid[begin:end]))
@@ -99,6 +157,11 @@ def reference(
     return result
 
 
+def select_reference(scores, top_k, *, score=None, **options):
+    indices = reference(scores.detach(), top_k, score=score or "identity", **options)["indices"]
+    return {"indices": indices}
+
+
 # ---- the functions -------------------------------------------------------------------------------
 
 
@@ -116,6 +179,10 @@ def gate(*args, **options):
     return {"weights": weights} | present(statistics)
 
 
+def topk_select(*args, **options):
+    return {"indices": ops.topk_select(*args, **options)}
+
+
 # ---- samples -------------------------------------------------------------------------------------
 
 
@@ -130,7 +197,11 @@ def spread(*shape, seed=0):
 
 
 def topk_samples():
-    options = [{"renormalize": r, "statistics": s} for r in (True, False) for s in (True, False)]
+    options = [
+        {"renormalize": True, "statistics": True},
+        {"renormalize": False, "statistics": True},
+        {"renormalize": True},
+    ]
     for o in options:
         name = "-".join(key for key, value in o.items() if value) or "softmax"
         yield Sample(f"{name}", (spread(4, 7), 3), o, smooth=True)
@@ -156,12 +227,79 @@ def topk_samples():
         yield Sample(f"{name}-nan", (seeded(20, 9).where(mask(20, 9), torch.nan), 4), o)
         yield Sample(f"{name}-extreme", (3000 * seeded(20, 33), 5), o)
         yield Sample(f"{name}-wide", (spread(3, 300), 40), o)
+        yield Sample(f"{name}-many-ties", (seeded(3, 300).round(), 12), o)
+        yield Sample(f"{name}-long", (seeded(2, 1100), 7), o)
         offsets = torch.tensor([0, 1, 64, 64, 200, 300])
         yield Sample(
             f"{name}-blocks",
             (spread(300, 17), 3),
             o | {"valid_mask": mask(300), "group_offsets": offsets},
         )
+
+    yield from scored_samples()
+
+
+def scored_samples():
+    """Every score, and what goes with it."""
+    for score in "softmax", "sigmoid", "sqrt_softplus":
+        for o in (
+            {"renormalize": True, "statistics": True},
+            {"renormalize": False, "scale": 2.5, "statistics": True},
+            {"renormalize": True, "epsilon": 0.5, "scale": 0.5},
+        )[:: 1 if score == "sigmoid" else 2]:
+            o = o | {"score": score}
+            name = f"{score}-{'-'.join(key for key, value in o.items() if value is not False)}"
+            yield Sample(name, (spread(4, 6), 3), o, smooth=True)
+            grouped = {"valid_mask": mask(7), "group_offsets": torch.tensor([0, 3, 3, 7])}
+            yield Sample(f"{name}-masked-grouped", (spread(7, 5), 2), o | grouped, smooth=True)
+            yield Sample(f"{name}-rows", (spread(3, 70), 4), o)
+            extreme = (40 * seeded(20, 9)).where(mask(20, 9, seed=5), -torch.inf)
+            extreme[3] = -torch.inf
+            yield Sample(f"{name}-extreme", (extreme, 3), o)
+            yield Sample(f"{name}-nan", (seeded(20, 9).where(mask(20, 9), torch.nan), 4), o)
+
+
+def selected_samples():
+    """What chooses experts, other than their logits."""
+    for score in "softmax", "sigmoid", "sqrt_softplus":
+        o = {"score": score}
+        bias = seeded(8, seed=9)
+        yield Sample(f"{score}-bias", (spread(5, 8), 3), o | {"bias": bias}, smooth=True)
+        for group_score, kept in ("max", 2), ("top2_sum", 2), ("topk_sum", 1):
+            groups = {"num_groups": 4, "topk_group": kept, "group_score": group_score}
+            yield Sample(f"{score}-{group_score}", (seeded(20, 8), 2), o | groups)
+            hidden = seeded(20, 8).where(mask(20, 8), -torch.inf)
+            yield Sample(f"{score}-{group_score}-some-hidden", (hidden, 2), o | groups)
+            ties = {"bias": bias.round()}
+            yield Sample(
+                f"{score}-{group_score}-bias", (seeded(20, 8).round(), 2), o | groups | ties
+            )
+            wide = {"num_groups": 8, "topk_group": 3, "bias": seeded(96, seed=4)}
+            yield Sample(f"{score}-{group_score}-wide", (seeded(9, 96), 6), o | groups | wide)
+        nan = seeded(20, 8).where(mask(20, 8), torch.nan)
+        yield Sample(f"{score}-bias-nan", (nan, 3), o | {"bias": bias, "num_groups": 2})
+        hidden_by_bias = bias.where(torch.arange(8) % 3 > 0, -torch.inf)
+        yield Sample(f"{score}-bias-hidden", (seeded(9, 8), 7), o | {"bias": hidden_by_bias})
+    counts = torch.tensor([0, 3, 1, 2, 3])
+    yield Sample("token-top-k", (spread(5, 6), 3), {"token_top_k": counts}, smooth=True)
+    masked = {"token_top_k": counts.view(1, 5), "valid_mask": mask(1, 5)}
+    yield Sample("token-top-k-masked", (spread(1, 5, 70), 3), masked)
+
+
+def select_samples():
+    for sample in itertools.chain(topk_samples(), selected_samples()):
+        if sample.options.get("statistics") and not sample.options["renormalize"]:
+            continue  # the indices do not depend on it
+        keys = "score", "valid_mask", "token_top_k", *SELECTION
+        options = {key: value for key, value in sample.options.items() if key in keys}
+        yield Sample(sample.name, sample.args, options)
+        if options.pop("score", None):
+            yield Sample(f"{sample.name}-values", sample.args, options)
+
+
+def topk_gate_samples():
+    yield from topk_samples()
+    yield from selected_samples()
 
 
 def gate_samples():
@@ -183,22 +321,29 @@ def gate_samples():
 # ---- errors --------------------------------------------------------------------------------------
 
 
-def shared_errors(op, last):
-    """Errors that both operators have; ``last`` is their second argument for two tokens."""
+def shared_errors(op, last, values="logits"):
+    """Errors that all have; ``last`` is their second argument for two tokens."""
     x = torch.zeros(2, 4)
-    logits = f"{op}: expected logits of shape [..., num_experts] with num_experts >= 1, got "
+    logits = f"{op}: expected {values} of shape [..., num_experts] with num_experts >= 1, got "
     yield Error("no dimension", (torch.zeros(()), last), logits + "[]")
     yield Error("no experts", (torch.zeros(2, 0), last), logits + "[2, 0]")
-    dtype = f"{op}: expected logits in float32 or float64, got "
-    yield Error("half", (x.half(), last), dtype + "float16. Convert it with .float()")
-    yield Error("integers", (x.long(), last), dtype + "int64. Convert it with .float()")
-    yield Error("complex", (x.cfloat(), last), dtype + "complex64. Convert it with .float()")
+    dtype = f"{op}: expected {values} in float32, float64, bfloat16 or float16, got "
+    yield Error("integers", (x.long(), last), dtype + "int64")
+    yield Error("complex", (x.cfloat(), last), dtype + "complex64")
     valid = f"{op}: expected valid_mask "
     yield Error("mask shape", (x, last), valid + "of shape [2], one value per token, got [3]",
                 {"valid_mask": torch.ones(3).bool()})  # fmt: skip
     yield Error(
         "mask dtype", (x, last), valid + "in bool, got float32", {"valid_mask": torch.ones(2)}
     )
+
+
+def weighing_errors(op, last):
+    x = torch.zeros(2, 4)
+    said = f"{op}: expected score among ['softmax', 'sigmoid', 'sqrt_softplus'], got 'tanh'"
+    yield Error("score", (x, last), said, {"score": "tanh"})
+    said = f"{op}: expected epsilon >= 0, got -1"
+    yield Error("epsilon", (x, last), said, {"epsilon": -1.0})
     groups = f"{op}: expected group_offsets "
     for name, offsets, said in (
         ("dtype", torch.tensor([0, 2]).int(), "in int64, got int32"),
@@ -212,11 +357,48 @@ def shared_errors(op, last):
         yield Error(f"offsets {name}", (x, last), groups + said, options, static)
 
 
+def selection_errors(op):
+    x = torch.zeros(2, 4)
+    for top_k in -1, 0, 5:
+        said = f"{op}: expected top_k in [1, num_experts=4], got {top_k}"
+        yield Error(f"top_k {top_k}", (x, top_k), said)
+    said = f"{op}: expected bias "
+    shape = said + "of shape [num_experts=4], got [3]"
+    yield Error("bias shape", (x, 2), shape, {"bias": torch.zeros(3)})
+    dtype = said + "in float32, got float64"
+    yield Error("bias dtype", (x, 2), dtype, {"bias": torch.zeros(4).double()})
+    for groups in 0, 3:
+        said = f"{op}: expected num_groups to divide num_experts=4, got {groups}"
+        yield Error(f"groups {groups}", (x, 2), said, {"num_groups": groups})
+    for kept in 0, 3:
+        said = f"{op}: expected topk_group in [1, num_groups=2], got {kept}"
+        yield Error(f"kept {kept}", (x, 2), said, {"num_groups": 2, "topk_group": kept})
+    said = f"{op}: expected group_score to add up at most the 1 experts of a group, got 2"
+    yield Error("group of one", (x, 2), said, {"num_groups": 4, "topk_group": 3})
+    said = f"{op}: expected group_score among ['max', 'top2_sum', 'topk_sum'], got 'mean'"
+    yield Error("group score", (x, 2), said, {"group_score": "mean"})
+    said = f"{op}: expected top_k at most the 2 experts of topk_group groups, got 3"
+    yield Error("groups too small", (x, 3), said, {"num_groups": 2})
+    said = f"{op}: expected token_top_k "
+    shape = said + "of shape [2], one value per token, got [3]"
+    yield Error("counts shape", (x, 2), shape, {"token_top_k": torch.ones(3).long()})
+    dtype = said + "in int64, got int32"
+    yield Error("counts dtype", (x, 2), dtype, {"token_top_k": torch.ones(2).int()})
+    for value in -1, 3:
+        options = {"token_top_k": torch.tensor([1, value])}
+        text = said + f"in [0, top_k=2], got {value}"
+        yield Error(f"counts {value}", (x, 2), text, options, static=False)
+
+
 def topk_errors():
     yield from shared_errors("topk_gate", 2)
-    for top_k in -1, 0, 5:
-        said = f"topk_gate: expected top_k in [1, num_experts=4], got {top_k}"
-        yield Error(f"top_k {top_k}", (torch.zeros(2, 4), top_k), said)
+    yield from weighing_errors("topk_gate", 2)
+    yield from selection_errors("topk_gate")
+
+
+def select_errors():
+    yield from shared_errors("topk_select", 2, "scores")
+    yield from selection_errors("topk_select")
 
 
 def gate_errors():
@@ -224,6 +406,7 @@ def gate_errors():
     for error in shared_errors("gate", indices):
         if error.name != "no dimension":
             yield error
+    yield from weighing_errors("gate", indices)
     x, said = torch.zeros(2, 4), "gate: expected indices "
     yield Error("indices dtype", (x, indices.int()), said + "in int64, got int32")
     yield Error("indices rows", (x, indices[:1]), said + "of shape [2, slots], got [1, 1]")
@@ -237,41 +420,74 @@ def gate_errors():
 # ---- what opcheck calls --------------------------------------------------------------------------
 
 
+def flat(x):
+    return None if x is None else x.reshape(-1)
+
+
+def selection_arguments(get, top_k):
+    bias = get("bias")
+    bias = bias if bias is None else bias.detach()
+    best = {"max": 1, "top2_sum": 2, "topk_sum": max(1, top_k // get("topk_group", 1))}
+    return (
+        bias, get("num_groups", 1), get("topk_group", 1), best[get("group_score", "top2_sum")],
+        flat(get("token_top_k")),
+    )  # fmt: skip
+
+
 def overloads(forward):
     def of(sample):
         logits, second = sample.args
         get = sample.options.get
         rows = logits.reshape(-1, logits.shape[-1])
-        valid = get("valid_mask")
-        valid = None if valid is None else valid.reshape(-1)
-        offsets, statistics = get("group_offsets"), get("statistics", False)
         is_given = isinstance(second, torch.Tensor)
+        score = get("score", "softmax")
+        epsilon = get("epsilon", 0.0 if score == "softmax" else 1e-20)
+        number = ["softmax", "sigmoid", "sqrt_softplus"].index(score)
+        weighing = number, get("renormalize", True), epsilon, get("scale", 1.0)
+        statistics = get("statistics", False)
+        valid, offsets = flat(get("valid_mask")), get("group_offsets")
+        last = (valid, offsets, statistics)
         indices = second if is_given else reference(rows, second)["indices"]
         indices = indices.reshape(len(rows), indices.shape[-1])
-        second = indices if is_given else second
-        yield forward, (rows, second, get("renormalize"), valid, offsets, statistics)
+        if is_given:
+            yield forward, (rows, indices, *weighing, *last)
+        else:
+            yield forward, (rows, second, *weighing, *selection_arguments(get, second), *last)
 
         groups = 1 if offsets is None else len(offsets) - 1
         yield torch.ops.torch_routers._gate_backward.default, (
             seeded(*indices.shape, seed=5).to(rows.dtype).requires_grad_(),
             seeded(len(rows), seed=6).to(rows.dtype) if statistics else None,
             seeded(groups, rows.shape[1], seed=7).to(rows.dtype) if statistics else None,
-            rows, indices, get("renormalize"), valid, offsets,
+            rows, indices, *weighing, valid, offsets,
         )  # fmt: skip
 
     return of
 
 
+def select_overloads(sample):
+    scores, top_k = sample.args
+    get = sample.options.get
+    score = ["softmax", "sigmoid", "sqrt_softplus", None].index(get("score"))
+    rows = scores.detach().reshape(-1, scores.shape[-1])
+    arguments = (rows, top_k, score, *selection_arguments(get, top_k), flat(get("valid_mask")))
+    yield torch.ops.torch_routers.topk_select.default, arguments
+
+
 def tolerance(sample):
-    """A sum over the experts, one over the tokens."""
+    """A sum over the experts, one over the tokens, and scores whose root is taken."""
     logits = sample.args[0]
     return 8 + logits.shape[-1] / 4 + logits.numel() / max(1, logits.shape[-1]) / 4
 
 
-DTYPES = (torch.float32, torch.float64)
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 CASES = [
-    OpCase("topk_gate", topk_gate, reference, topk_samples, topk_errors,
-           overloads(torch.ops.torch_routers.topk_gate.default), DTYPES, tolerance),
+    OpCase("topk_gate", topk_gate, reference, topk_gate_samples, topk_errors,
+           overloads(torch.ops.torch_routers.topk_gate.default), DTYPES, tolerance,
+           results_in_full_precision=True),
     OpCase("gate", gate, reference, gate_samples, gate_errors,
-           overloads(torch.ops.torch_routers.gate.default), DTYPES, tolerance),
+           overloads(torch.ops.torch_routers.gate.default), DTYPES, tolerance,
+           results_in_full_precision=True),
+    OpCase("topk_select", topk_select, select_reference, select_samples, select_errors,
+           select_overloads, DTYPES, tolerance),
 ]  # fmt: skip
