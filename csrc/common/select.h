@@ -2,6 +2,7 @@
 // values they stand for (common/score.h); of equal ones the lower index comes first.
 #pragma once
 
+#include <climits>
 #include <cstdint>
 
 #include "common/score.h"
@@ -50,17 +51,15 @@ static inline Key threshold(const Key* keys, int64_t size, int64_t slots) {
 template <int kGroups, class Key>
 static inline bool by_rank(const Key* keys, int64_t size, int64_t slots, int64_t* best) {
   constexpr int kMost = 64, kChunk = 16;
+  if (size > INT_MAX) return false;
   const Key bound = threshold<kGroups>(keys, size, slots);
-  Key kept[kMost + kChunk], ranks[kMost + kChunk];
-  int64_t index[kMost + kChunk];
+  Key kept[kMost + 2 * kChunk], ranks[kMost + 2 * kChunk];
+  std::int32_t index[kMost + 2 * kChunk];
   int count = 0;
   for (int64_t i = 0; i < size; i += kChunk) {
-    for (unsigned bits = at_least(keys + i, bound); bits; bits &= bits - 1) {
-      index[count] = i + __builtin_ctz(bits);
-      kept[count] = keys[index[count]];
-      ++count;
-    }
     if (count > kMost) return false;
+    count +=
+        keep_at_least(keys + i, bound, static_cast<std::int32_t>(i), kept + count, index + count);
   }
   const int past = (count + kChunk - 1) / kChunk * kChunk;
   for (int i = count; i < past; ++i) kept[i] = keys[0];
@@ -68,7 +67,7 @@ static inline bool by_rank(const Key* keys, int64_t size, int64_t slots, int64_t
   for (int j = 0; j < count; ++j)
     for (int i = 0; i < past; ++i)
       ranks[i] += (kept[j] > kept[i]) | ((kept[j] == kept[i]) & (j < i));
-  int64_t in_order[kMost + kChunk];
+  std::int32_t in_order[kMost + 2 * kChunk];
   for (int i = 0; i < count; ++i) in_order[ranks[i]] = index[i];
   for (int64_t j = 0; j < slots; ++j) best[j] = in_order[j];
   return true;

@@ -35,28 +35,43 @@ template <class T> static inline void store_vector(T* to, Vector<T> value) {
   memcpy(to, &value, sizeof value);
 }
 
-// Bit i: whether values[i] >= bound; 16 values.
-static inline unsigned at_least(const std::int32_t* values, std::int32_t bound) {
+// Appends those of 16 keys that are not below `bound` to `kept`, and their indices, of which the
+// first is `index`, to `indices`; returns how many. What is behind those may be overwritten.
+template <class Key>
+static inline int keep_at_least(const Key* keys, Key bound, std::int32_t index, Key* kept,
+                                std::int32_t* indices) {
+  int count = 0;
 #if defined(__AVX512F__)
-  return _mm512_cmpge_epi32_mask(_mm512_loadu_si512(values), _mm512_set1_epi32(bound));
-#elif defined(__AVX2__)
-  unsigned below = 0;
-  for (int half = 0; half < 2; ++half) {
-    const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(values + 8 * half));
-    const __m256i is_below = _mm256_cmpgt_epi32(_mm256_set1_epi32(bound), x);
-    below |= static_cast<unsigned>(_mm256_movemask_ps(_mm256_castsi256_ps(is_below))) << 8 * half;
+  if constexpr (sizeof(Key) == 4) {
+    const __m512i all = _mm512_loadu_si512(keys);
+    const __mmask16 bits = _mm512_cmpge_epi32_mask(all, _mm512_set1_epi32(bound));
+    const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m512i places = _mm512_add_epi32(lanes, _mm512_set1_epi32(index));
+    _mm512_storeu_si512(kept, _mm512_maskz_compress_epi32(bits, all));
+    _mm512_storeu_si512(indices, _mm512_maskz_compress_epi32(bits, places));
+    return __builtin_popcount(bits);
   }
-  return below ^ 0xffffu;
-#else
-  unsigned bits = 0;
-  for (int i = 0; i < 16; ++i) bits |= static_cast<unsigned>(values[i] >= bound) << i;
-  return bits;
+#elif defined(__AVX2__)
+  if constexpr (sizeof(Key) == 4) {
+    for (int half = 0; half < 16; half += 8) {
+      const __m256i all = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(keys + half));
+      const __m256i below = _mm256_cmpgt_epi32(_mm256_set1_epi32(bound), all);
+      unsigned bits = ~static_cast<unsigned>(_mm256_movemask_ps(_mm256_castsi256_ps(below))) & 255;
+      for (; bits; bits &= bits - 1, ++count) {
+        const int i = half + __builtin_ctz(bits);
+        kept[count] = keys[i];
+        indices[count] = index + i;
+      }
+    }
+    return count;
+  }
 #endif
-}
-static inline unsigned at_least(const std::int64_t* values, std::int64_t bound) {
-  unsigned bits = 0;
-  for (int i = 0; i < 16; ++i) bits |= static_cast<unsigned>(values[i] >= bound) << i;
-  return bits;
+  for (int i = 0; i < 16; ++i) {  // written at once, and kept by moving on
+    kept[count] = keys[i];
+    indices[count] = index + i;
+    count += keys[i] >= bound;
+  }
+  return count;
 }
 
 }  // namespace torch_routers

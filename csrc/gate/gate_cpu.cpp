@@ -61,8 +61,9 @@ template <Score kScore, class S> void gate_block(const GateBackward<S>& p, int64
   StackBuffers<C> stack;
   Tile<C> tile;
   const Buffers<C> buffers = stack.get(p, p.scratch, block);
-  // Of the slots alone, it is the same sum in the same order, and few logits are looked at.
-  const bool of_slots = p.weighing.of_slots() && !p.grad_lse && !p.grad_score_sums;
+  // Of the slots alone it is the same sum either way, and rows look at few logits.
+  const bool of_slots =
+      p.weighing.of_slots() && !p.grad_lse && !p.grad_score_sums && p.experts > kLanes;
   for_each_segment(p, block, [&](int64_t group, int64_t first, int64_t past) {
     if (in_tiles(p) && !of_slots)
       for (int64_t t = first; t < past; t += kLanes)

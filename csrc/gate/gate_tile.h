@@ -161,20 +161,23 @@ void gate_tile(const Gate<S>& p, int64_t first, int64_t count, int64_t* counts,
   int64_t* indices = p.indices + first * p.slots;
   const bool by_network = p.select && p.selection.by_logits() && p.slots <= kNetworkSlots;
   if (by_network) select_tile(p.experts, p.slots, tile);
+  for (int64_t l = 0; by_network && l < kLanes; ++l) {
+    const int64_t used = !tile.is_live[l] ? 0 : p.token_top_k ? p.token_top_k[first + l] : p.slots;
+    for (int64_t j = used; j < p.slots; ++j) tile.index[j][l] = -1;
+  }
   for (int64_t l = 0; p.select && l < count; ++l) {
     int64_t* best = indices + l * p.slots;
-    if (!tile.is_live[l]) {
-      for (int64_t j = 0; j < p.slots; ++j) best[j] = -1;
-      continue;
-    }
-    if (by_network)
+    if (by_network) {
       for (int64_t j = 0; j < p.slots; ++j) best[j] = tile.index[j][l];
-    else
+    } else if (tile.is_live[l]) {
       select_row<kScore>(p, load_row(p.logits + (first + l) * p.experts, p.experts, b.x), b, best);
-    empty_slots(p, first + l);
+      empty_slots(p, first + l);
+    } else {
+      for (int64_t j = 0; j < p.slots; ++j) best[j] = -1;
+    }
   }
   if (!p.weighs()) return;
-  load_indices(indices, count, p.slots, tile);
+  if (!by_network) load_indices(indices, count, p.slots, tile);
 
   const bool of_slots = kScore == Score::Softmax && p.weighing.of_slots();
   if (p.lse || (kScore == Score::Softmax && !of_slots)) softmax_tile(p.experts, tile);
