@@ -2,5 +2,6 @@
 
 from torch_routers.ops.gate import Statistics, gate, topk_gate
 from torch_routers.ops.grouped_linear import grouped_linear
+from torch_routers.ops.limit_capacity import expert_capacity, limit_capacity
 
-__all__ = ["Statistics", "gate", "grouped_linear", "topk_gate"]
+__all__ = ["Statistics", "expert_capacity", "gate", "grouped_linear", "limit_capacity", "topk_gate"]
