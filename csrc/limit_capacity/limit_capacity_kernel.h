@@ -27,15 +27,18 @@
 #include <cstdint>
 
 #include "common/isa.h"
+#include "common/scalar.h"
 
 namespace torch_routers {
 
 struct CapacityShape {
   std::int64_t rows, tokens, slots, experts, groups;  // rows of the plan, with its padding
 
-  constexpr std::int64_t all_slots() const { return tokens * slots; }
-  constexpr std::int64_t segments() const { return experts * groups; }
-  constexpr std::int64_t rows_or_slots() const { return rows > all_slots() ? rows : all_slots(); }
+  TORCH_ROUTERS_HOST_DEVICE std::int64_t all_slots() const { return tokens * slots; }
+  TORCH_ROUTERS_HOST_DEVICE std::int64_t num_segments() const { return experts * groups; }
+  TORCH_ROUTERS_HOST_DEVICE std::int64_t rows_or_slots() const {
+    return rows > all_slots() ? rows : all_slots();
+  }
 };
 
 struct Segment {

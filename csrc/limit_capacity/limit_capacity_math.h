@@ -41,12 +41,22 @@ TORCH_ROUTERS_HOST_DEVICE static inline Segment segment_of(const CapacitySelect<
   return {first, rows, rows < capacity ? rows : capacity, 0, 0, 0};
 }
 
+// Bits of the largest key.
+template <class T>
+TORCH_ROUTERS_HOST_DEVICE static inline int key_bits(const CapacitySelect<T>& p) {
+  if (p.policy == DropPolicy::Random) return 64;
+  if (p.policy != DropPolicy::Position) return 8 * sizeof(Compute<T>);
+  int bits = kDigitBits;
+  while (bits < 64 && (p.slots - 1) >> bits) bits += kDigitBits;
+  return bits;
+}
+
 template <class T>
 TORCH_ROUTERS_HOST_DEVICE static inline std::uint64_t key_of(const CapacitySelect<T>& p,
                                                              std::int64_t row,
                                                              std::int64_t expert) {
   const std::int64_t slot = p.order[row];
-  if (slot < 0 || slot >= p.all_slots()) return ~std::uint64_t{0};
+  if (slot < 0 || slot >= p.all_slots()) return ~std::uint64_t{0} >> (64 - key_bits(p));
   const std::int64_t token = slot / p.slots;
   const auto descending = [](auto key) { return static_cast<decltype(key)>(~key); };
   switch (p.policy) {
@@ -58,16 +68,6 @@ TORCH_ROUTERS_HOST_DEVICE static inline std::uint64_t key_of(const CapacitySelec
   const std::int64_t id = p.row_ids ? p.row_ids[token] : token;
   const RandomWords random = random_words(*p.seed, Purpose::Capacity, id, expert);
   return std::uint64_t{random.words[1]} << 32 | random.words[0];
-}
-
-// Bits of the largest key.
-template <class T>
-TORCH_ROUTERS_HOST_DEVICE static inline int key_bits(const CapacitySelect<T>& p) {
-  if (p.policy == DropPolicy::Random) return 64;
-  if (p.policy != DropPolicy::Position) return 8 * sizeof(Compute<T>);
-  int bits = kDigitBits;
-  while (bits < 64 && (p.slots - 1) >> bits) bits += kDigitBits;
-  return bits;
 }
 
 // Radix select, the highest digit first: the keys that begin as the limit does are counted by their
@@ -102,12 +102,12 @@ struct RadixSelect {
 // Rows of the old and the new plan that belong to experts, once segments are placed.
 TORCH_ROUTERS_HOST_DEVICE static inline std::int64_t rows_before(const CapacityShape& shape,
                                                                  const Segment* segments) {
-  const Segment& last = segments[shape.segments() - 1];
+  const Segment& last = segments[shape.num_segments() - 1];
   return last.first + last.rows;
 }
 TORCH_ROUTERS_HOST_DEVICE static inline std::int64_t rows_after(const CapacityShape& shape,
                                                                 const Segment* segments) {
-  const Segment& last = segments[shape.segments() - 1];
+  const Segment& last = segments[shape.num_segments() - 1];
   return last.new_first + last.kept;
 }
 

@@ -156,7 +156,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> limit_capacity(
   const Tensor new_dropped = new_empty(o, {});
   const Tensor keys = new_empty(o, {s.rows}), new_rows = new_empty(o, {s.rows});
   const Tensor scratch =
-      new_empty(o, {s.segments(), static_cast<int64_t>(sizeof(Segment))}, ScalarType::Byte);
+      new_empty(o, {s.num_segments(), static_cast<int64_t>(sizeof(Segment))}, ScalarType::Byte);
   auto* segments = mutable_data<Segment>(scratch);
 
   const auto run = [&](const auto& params, int64_t count, int64_t cost) {
@@ -164,12 +164,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> limit_capacity(
         o, count, cost, [&](int64_t begin, int64_t end) { limit_capacity_cpu(params, begin, end); },
         [&](void* stream) { limit_capacity_cuda(params, stream); });
   };
-  const int64_t rows_per_segment = s.rows / s.segments() + 1;
+  const int64_t rows_per_segment = s.rows / s.num_segments() + 1;
   const auto select = [&]<class T>() {
     run(CapacitySelect<T>{s, data<int64_t>(o), data<int64_t>(ends), data<int64_t>(c), data<T>(x),
                           data<int64_t>(seed), data<int64_t>(ids), data<int64_t>(groups), policy,
                           mutable_data<std::uint64_t>(keys), segments},
-        s.segments(), rows_per_segment);
+        s.num_segments(), rows_per_segment);
   };
   if (x)
     dispatch_floating(op, "scores", *x, select);
@@ -177,10 +177,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> limit_capacity(
     select.operator()<float>();
   run(CapacityPlace{s, data<int64_t>(dropped), segments, mutable_data<int64_t>(new_counts),
                     mutable_data<int64_t>(new_offsets), mutable_data<int64_t>(new_dropped)},
-      1, s.segments());
+      1, s.num_segments());
   run(CapacityMove{s, data<int64_t>(o), data<std::uint64_t>(keys), segments,
                    mutable_data<int64_t>(new_order), mutable_data<int64_t>(new_rows)},
-      s.segments(), rows_per_segment);
+      s.num_segments(), rows_per_segment);
   run(CapacityRenumber{s, data<int64_t>(i), data<int64_t>(new_rows), segments,
                        mutable_data<int64_t>(new_inverse), mutable_data<int64_t>(new_order)},
       s.rows_or_slots(), 1);

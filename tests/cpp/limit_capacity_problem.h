@@ -84,7 +84,7 @@ CapacityResults limit_capacity_steps(const CapacityProblem<T>& p, const Run& run
       seed(std::vector<std::int64_t>{p.seed}), dropped(std::vector<std::int64_t>{p.dropped});
   const Array<T> scores(p.scores);
   const Array<std::uint64_t> keys(s.rows);
-  const Array<Segment> segments(s.segments());
+  const Array<Segment> segments(s.num_segments());
   const Array<std::int64_t> new_order(s.rows), new_inverse(s.all_slots()), new_counts(s.experts),
       new_offsets(s.experts + 1), new_dropped(1), new_rows(s.rows);
   run(CapacitySelect<T>{s, order.data(), offsets.data(), capacity.data(),
@@ -92,13 +92,13 @@ CapacityResults limit_capacity_steps(const CapacityProblem<T>& p, const Run& run
                         some(row_ids, !p.row_ids.empty()),
                         some(group_offsets, !p.group_offsets.empty()), p.policy, keys.data(),
                         segments.data()},
-      s.segments());
+      s.num_segments());
   run(CapacityPlace{s, dropped.data(), segments.data(), new_counts.data(), new_offsets.data(),
                     new_dropped.data()},
       1);
   run(CapacityMove{s, order.data(), keys.data(), segments.data(), new_order.data(),
                    new_rows.data()},
-      s.segments());
+      s.num_segments());
   run(CapacityRenumber{s, inverse.data(), new_rows.data(), segments.data(), new_inverse.data(),
                        new_order.data()},
       s.rows_or_slots());

@@ -14,15 +14,15 @@ from torch_routers.ops.plan import Plan
 
 def plan_of(indices, num_experts, *, padding=0):
     """The plan of indices ``[tokens, slots]``, with more rows than slots by ``padding``."""
-    slots = indices.flatten()
-    live = int((slots >= 0).sum())
-    order = torch.full((slots.numel() + padding,), -1)
-    order[:live] = slots.argsort(stable=True)[slots.numel() - live :]
-    inverse = torch.full((slots.numel(),), -1)
-    inverse[order[:live]] = torch.arange(live)
-    counts = torch.tensor([int((slots == e).sum()) for e in range(num_experts)])
+    experts = indices.where(indices >= 0, num_experts).flatten()
+    counts = (experts == torch.arange(num_experts, device=experts.device)[:, None]).sum(1)
     offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-    return Plan(order, inverse.view(indices.shape), counts, offsets, torch.tensor(0))
+    order = experts.argsort(stable=True)
+    row = torch.arange(len(order), device=order.device)
+    inverse = order.argsort().view(indices.shape).where(indices >= 0, -1)
+    tail = row.new_full((padding,), -1)
+    order = torch.cat([order.where(row < offsets[-1], -1), tail])
+    return Plan(order, inverse, counts, offsets, counts.new_zeros(()))
 
 
 # ---- reference -----------------------------------------------------------------------------------
@@ -52,9 +52,11 @@ def descending(x):
 
 
 def reference(
-    order, inverse, counts, offsets, dropped, capacity, scores,
-    *, policy="position", seed=None, row_ids=None, group_offsets=None,
+    indices, capacity, scores,
+    *, num_experts, padding=0, dropped=0, policy="position", seed=None, row_ids=None,
+    group_offsets=None,
 ):  # fmt: skip
+    order, inverse, _, offsets, _ = plan_of(indices, num_experts, padding=padding)
     tokens, slots = inverse.shape
     scores = None if scores is None else scores.detach()
     groups = [0, tokens] if group_offsets is None else group_offsets.tolist()
@@ -83,22 +85,24 @@ def reference(
             new_inverse[slot] = len(new_order)
             new_order.append(slot)
         new_offsets.append(len(new_order))
-    padding = [-1] * (len(order) - len(new_order))
+    tail = [-1] * (len(order) - len(new_order))
     new_offsets = torch.tensor(new_offsets)
     return {
-        "order": torch.tensor(new_order + padding, dtype=torch.int64),
+        "order": torch.tensor(new_order + tail, dtype=torch.int64),
         "inverse": new_inverse.view(tokens, slots),
         "counts": new_offsets.diff(),
         "offsets": new_offsets,
-        "dropped": dropped + int(offsets[-1]) - len(new_order),
+        "dropped": torch.tensor(int(dropped) + int(offsets[-1]) - len(new_order)),
     }
 
 
-def call(order, inverse, counts, offsets, dropped, capacity, scores, **options):
-    plan = Plan(order, inverse, counts, offsets, dropped)
+def call(indices, capacity, scores, *, num_experts, padding=0, **options):
+    """Options named as parts of the plan take their places."""
+    plan = plan_of(indices, num_experts, padding=padding)
+    plan = plan._replace(**{name: options.pop(name) for name in Plan._fields if name in options})
     argument = {"weight": "weights", "priority": "priority"}.get(options.get("policy"))
     if argument:
-        options = options | {argument: scores}
+        options[argument] = scores
     return ops.limit_capacity(plan, capacity, **options)._asdict()
 
 
@@ -126,12 +130,12 @@ def scores_of(policy, indices, kind="normal"):
     return x
 
 
-def sample(name, policy, indices, num_experts, capacity, kind="normal", padding=0, **options):
-    options = {"policy": policy, **options}
+def sample(name, policy, indices, num_experts, capacity, kind="normal", **options):
+    options = {"policy": policy, "num_experts": num_experts, **options}
     if policy == "random":
         options.setdefault("seed", 5)
-    plan = plan_of(indices, num_experts, padding=padding)
-    return Sample(f"{policy}-{name}", (*plan, capacity, scores_of(policy, indices, kind)), options)
+    args = indices, capacity, scores_of(policy, indices, kind)
+    return Sample(f"{policy}-{name}", args, options)
 
 
 def samples():
@@ -157,8 +161,7 @@ def samples():
     ids = torch.arange(40).flip(0) * 2**33 - 7
     for name, seed in ("tensor", torch.tensor(2**40 + 3)), ("negative", -1):
         yield sample(f"seed-{name}", "random", some, 4, 9, seed=seed, row_ids=ids)
-    earlier = plan_of(some, 4)._replace(dropped=torch.tensor(3))
-    yield Sample("dropped-before", (*earlier, 5, None))
+    yield sample("dropped-before", "position", some, 4, 5, dropped=torch.tensor(3))
 
 
 # ---- errors --------------------------------------------------------------------------------------
@@ -166,12 +169,13 @@ def samples():
 
 def errors():
     op = "limit_capacity: expected "
-    plan = plan_of(torch.tensor([[0, 1], [1, 0]]), 2)
+    indices = torch.tensor([[0, 1], [1, 0]])
+    plan = plan_of(indices, 2)
     x, priority = torch.zeros(2, 2), torch.zeros(2)
 
     def error(name, said, *, capacity=1, scores=None, static=True, options=None, **changes):
-        args = (*plan._replace(**changes), capacity, scores)
-        return Error(name, args, op + said, options or {}, static)
+        options = {"num_experts": 2} | (options or {}) | changes
+        return Error(name, (indices, capacity, scores), op + said, options, static)
 
     yield error("policy", "policy in position, weight, priority or random, got best",
                 options={"policy": "best"})  # fmt: skip
@@ -251,8 +255,10 @@ def errors():
 
 
 def overloads(sample):
-    order, inverse, _, offsets, dropped, capacity, scores = sample.args
+    indices, capacity, scores = sample.args
     get = sample.options.get
+    plan = plan_of(indices, get("num_experts"), padding=get("padding", 0))
+    order, inverse, _, offsets, dropped = plan
     groups, seed = get("group_offsets"), get("seed")
     if isinstance(capacity, int):
         capacity = torch.full((1 if groups is None else len(groups) - 1,), capacity)
