@@ -28,7 +28,7 @@ struct Digit {
   unsigned before, count;
 };
 
-template <class T> __global__ void __launch_bounds__(kThreads) select(CapacitySelect<T> p) {
+template <class T> __global__ void __launch_bounds__(kThreads) select_rows(CapacitySelect<T> p) {
   using Scan = cub::BlockScan<unsigned, kThreads>;
   __shared__ typename Scan::TempStorage storage;
   __shared__ unsigned counts[kDigits];  // of rows: a segment has fewer than 2^32
@@ -63,7 +63,7 @@ template <class T> __global__ void __launch_bounds__(kThreads) select(CapacitySe
   if (threadIdx.x == 0) p.segments[blockIdx.x] = segment;
 }
 
-__global__ void __launch_bounds__(kThreads) place(CapacityPlace p) {
+__global__ void __launch_bounds__(kThreads) place_segments(CapacityPlace p) {
   using Scan = cub::BlockScan<int64_t, kThreads>;
   __shared__ typename Scan::TempStorage storage;
   int64_t placed = 0;
@@ -85,7 +85,7 @@ __global__ void __launch_bounds__(kThreads) place(CapacityPlace p) {
   if (threadIdx.x == 0) *p.new_dropped = *p.dropped + rows_before(p, p.segments) - placed;
 }
 
-__global__ void __launch_bounds__(kThreads) move(CapacityMove p) {
+__global__ void __launch_bounds__(kThreads) move_rows(CapacityMove p) {
   // Counts of keys below the limit, and, 16 bits higher, of those equal to it.
   using Scan = cub::BlockScan<unsigned, kThreads>;
   __shared__ typename Scan::TempStorage storage;
@@ -115,7 +115,7 @@ __global__ void __launch_bounds__(kThreads) move(CapacityMove p) {
   }
 }
 
-__global__ void __launch_bounds__(kThreads) renumber(CapacityRenumber p) {
+__global__ void __launch_bounds__(kThreads) renumber_slots(CapacityRenumber p) {
   const int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x;
   if (i < p.rows && i >= rows_after(p, p.segments)) p.new_order[i] = -1;
   if (i >= p.all_slots()) return;
@@ -128,16 +128,16 @@ constexpr auto op = "limit_capacity";
 }  // namespace
 
 template <class T> void limit_capacity_cuda(const CapacitySelect<T>& p, void* stream) {
-  launch(op, select<T>, p.num_segments(), kThreads, stream, p);
+  launch(op, select_rows<T>, p.num_segments(), kThreads, stream, p);
 }
 void limit_capacity_cuda(const CapacityPlace& p, void* stream) {
-  launch(op, place, 1, kThreads, stream, p);
+  launch(op, place_segments, 1, kThreads, stream, p);
 }
 void limit_capacity_cuda(const CapacityMove& p, void* stream) {
-  launch(op, move, p.num_segments(), kThreads, stream, p);
+  launch(op, move_rows, p.num_segments(), kThreads, stream, p);
 }
 void limit_capacity_cuda(const CapacityRenumber& p, void* stream) {
-  launch(op, renumber, (p.rows_or_slots() + kThreads - 1) / kThreads, kThreads, stream, p);
+  launch(op, renumber_slots, (p.rows_or_slots() + kThreads - 1) / kThreads, kThreads, stream, p);
 }
 
 #define TORCH_ROUTERS_INSTANTIATE(T) \
