@@ -79,6 +79,8 @@ def weighted_sum(outputs):
 
 def gradients(function, inputs):
     """Zero where the results do not depend on an input."""
+    if not inputs:
+        return ()
     total = weighted_sum(function(*inputs)) + sum(0 * x.nan_to_num(0, 0, 0).sum() for x in inputs)
     return torch.autograd.grad(total, inputs)
 
@@ -124,7 +126,7 @@ def test_results_do_not_depend_on_memory_layout(case, sample):
         """The same values, with gaps between them, in the opposite order of dimensions."""
         reversed_dims = tuple(range(x.dim()))[::-1]
         padded = torch.stack([x, torch.zeros_like(x)], -1).permute(-1, *reversed_dims)
-        return padded.contiguous()[0].permute(*reversed_dims)
+        return padded.contiguous()[0].permute(reversed_dims)
 
     sample = sample.to(case.dtypes[0])
     expected = case.call(*sample.args, **sample.options)
@@ -173,7 +175,7 @@ def test_gradients_are_finite(case, sample):
     inputs = differentiable_inputs(sample.to(case.dtypes[0]))
     function = function_of(case, sample.to(case.dtypes[0]))
     outputs = [y.where(y.isfinite(), 0) for y in function(*inputs)]
-    for gradient in torch.autograd.grad(weighted_sum(outputs), inputs):
+    for gradient in gradients(lambda *_: outputs, inputs):
         assert gradient.isfinite().all()
 
 
@@ -368,7 +370,7 @@ def test_says_what_is_wrong(case, error, device):
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_refuses_sparse_tensors(case):
-    sample = next(s for s in samples_of(case) if s.smooth).to(torch.float32)
+    sample = samples_of(case)[0].to(torch.float32)
     with pytest.raises((NotImplementedError, RuntimeError)):
         case.call(sample.args[0].to_sparse(), *sample.args[1:], **sample.options)
 
@@ -396,7 +398,10 @@ def test_cuda_equals_cpu(case, sample, dtype):
 @needs_cuda
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_says_that_devices_differ(case):
-    sample = next(s for s in samples_of(case) if "valid_mask" in s.options or len(s.args) == 3)
+    def has_more_tensors(s):
+        return any(isinstance(x, torch.Tensor) for x in (s.args[-1], *s.options.values()))
+
+    sample = next(filter(has_more_tensors, samples_of(case)))
     *args, last = sample.to(torch.float32).args
     last = last.cuda() if isinstance(last, torch.Tensor) else last
     options = {n: x.cuda() if isinstance(x, torch.Tensor) else x for n, x in sample.options.items()}

@@ -2,6 +2,16 @@
 
 from torch_routers.ops.gate import Statistics, gate, topk_gate, topk_select
 from torch_routers.ops.grouped_linear import grouped_linear
+from torch_routers.ops.limit_capacity import expert_capacity, limit_capacity
 from torch_routers.ops.plan import Plan
 
-__all__ = ["Plan", "Statistics", "gate", "grouped_linear", "topk_gate", "topk_select"]
+__all__ = [
+    "Plan",
+    "Statistics",
+    "expert_capacity",
+    "gate",
+    "grouped_linear",
+    "limit_capacity",
+    "topk_gate",
+    "topk_select",
+]
