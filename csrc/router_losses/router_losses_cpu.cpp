@@ -16,6 +16,13 @@ template <class T> Importance importance(const RouterLosses<T>& p) {
           })};
 }
 
+template <class T>
+double sum_of_squares(const RouterLossesShape& p, const T* lse, int64_t block) {
+  const int64_t first = block * p.kBlock, left = p.tokens - first;
+  return sum_row<double>(left < p.kBlock ? left : p.kBlock,
+                         [&](int64_t t) { return square_of_lse(lse[first + t]); });
+}
+
 struct Tokens {
   int64_t all = 0, groups = 0;  // groups: those with tokens
 };
@@ -70,24 +77,22 @@ template <class T> void write_slopes(const RouterLosses<T>& p, const Tokens& all
 }  // namespace
 
 template <class T> void router_losses(const LseSquares<T>& p, int64_t begin, int64_t end) {
-  for (int64_t block = begin; block < end; ++block) {
-    const int64_t first = block * p.kBlock, left = p.tokens - first;
-    p.squares[block] = sum_row<double>(left < p.kBlock ? left : p.kBlock, [&](int64_t t) {
-      return square_of_lse(p.lse[first + t]);
-    });
-  }
+  for (int64_t block = begin; block < end; ++block)
+    p.squares[block] = sum_of_squares(p, p.lse, block);
 }
 
 template <class T> void router_losses(const RouterLosses<T>& p, int64_t, int64_t) {
   const Tokens all = tokens(p);
   if (!p.total) return write_slopes(p, all);
   double z = 0;
-  for (int64_t block = 0; p.squares && block < p.blocks(); ++block) z += p.squares[block];
+  for (int64_t block = 0; p.lse && block < p.blocks(); ++block)
+    z += p.squares ? p.squares[block] : sum_of_squares(p, p.lse, block);
   write_losses(p, p.counts ? balance(p, all) : 0, z / at_least_one(static_cast<double>(all.all)),
                p.importance ? importance(p).value() : 0);
 }
 
-template <class T> void router_losses(const RouterLossesBackward<T>& p, int64_t begin, int64_t end) {
+template <class T> void router_losses(const RouterLossesBackward<T>& p, int64_t begin,
+                                      int64_t end) {
   const double grad = *p.grad_total;
   const int64_t tokens = p.lse ? p.tokens : 0;
   for (int64_t t = begin; t < (end < tokens ? end : tokens); ++t)

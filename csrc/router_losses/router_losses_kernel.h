@@ -15,7 +15,8 @@
 // Counts and numbers of tokens are constants. What is divided by is at least 1, so that without
 // tokens losses and slopes are 0. All arithmetic is in double.
 //
-// Sums do not depend on threads: tokens come in blocks of kBlock, whose sums are added in order.
+// Sums do not depend on threads: tokens come in blocks of kBlock, whose sums are added in order. A
+// single block, as most calls have, needs no pass of its own.
 #pragma once
 
 #include <cstdint>
@@ -44,7 +45,8 @@ template <class T> struct RouterLosses : RouterLossesShape {
   const T* score_sums;               // [groups, experts]; null: neither balance nor importance
   const std::int64_t* counts;        // [groups, experts]; null: no balance loss
   const std::int64_t* group_tokens;  // [groups]
-  const double* squares;             // [blocks]; null: no z-loss
+  const T* lse;                      // [tokens]; null: no z-loss
+  const double* squares;             // [blocks]; null if there is at most one
   bool importance, switch_convention, unbiased;
   double balance_weight, z_weight, importance_weight;
   // Either the losses or the slopes are null.

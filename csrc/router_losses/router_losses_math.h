@@ -53,7 +53,8 @@ struct Importance {
 
   template <class T>
   TORCH_ROUTERS_HOST_DEVICE Importance(const RouterLosses<T>& p, double mean, double deviations)
-      : mean(mean), divisor(at_least_one(static_cast<double>(p.unbiased ? p.experts - 1 : p.experts))) {
+      : mean(mean),
+        divisor(at_least_one(static_cast<double>(p.unbiased ? p.experts - 1 : p.experts))) {
     variance = deviations / divisor;
   }
   TORCH_ROUTERS_HOST_DEVICE double value() const {

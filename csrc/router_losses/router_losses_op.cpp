@@ -57,8 +57,8 @@ struct Inputs {
       check(counts->size(1) == score_sums->size(1), op, ": expected group_counts of shape ",
             torch_routers::shape(*score_sums), ", that of score_sums, got ",
             torch_routers::shape(*counts));
-      check(counts->scalar_type() == ScalarType::Long, op,
-            ": expected group_counts in int64, got ", dtype(*counts));
+      check(counts->scalar_type() == ScalarType::Long, op, ": expected group_counts in int64, got ",
+            dtype(*counts));
     }
     check(!z || !has_scores() || score_sums->scalar_type() == lse->scalar_type(), op,
           ": expected score_sums in the dtype of lse, ", dtype(first()), ", got ",
@@ -73,17 +73,29 @@ struct Inputs {
   template <class T>
   RouterLosses<T> params(const double* squares, T* total, T* values, double* lse_slope,
                          double* slopes) const {
-    return {shape(), data<T>(score_sums), data<int64_t>(counts), data<int64_t>(group_tokens),
-            squares, importance.has_value(), switch_convention, unbiased, balance.value_or(0),
-            z.value_or(0), importance.value_or(0), total, values, lse_slope, slopes};
+    return {shape(),
+            data<T>(score_sums),
+            data<int64_t>(counts),
+            data<int64_t>(group_tokens),
+            data<T>(lse),
+            squares,
+            importance.has_value(),
+            switch_convention,
+            unbiased,
+            balance.value_or(0),
+            z.value_or(0),
+            importance.value_or(0),
+            total,
+            values,
+            lse_slope,
+            slopes};
   }
 };
 
 template <class Params>
 void run(const Tensor& on, int64_t count, int64_t cost, const Params& params) {
   launch(
-      on, count, cost,
-      [&](int64_t begin, int64_t end) { router_losses_cpu(params, begin, end); },
+      on, count, cost, [&](int64_t begin, int64_t end) { router_losses_cpu(params, begin, end); },
       [&](void* stream) { router_losses_cuda(params, stream); });
 }
 
@@ -92,16 +104,16 @@ std::tuple<Tensor, Tensor> router_losses(const OptionalTensor& lse,
                                          const OptionalTensor& counts, const Tensor& group_tokens,
                                          Weight balance, Weight z, Weight importance,
                                          bool switch_convention, bool per_group, bool unbiased) {
-  Inputs in{"router_losses", lse, score_sums, counts, group_tokens, balance, z, importance,
+  Inputs in{"router_losses",   lse,       score_sums, counts, group_tokens, balance, z, importance,
             switch_convention, per_group, unbiased};
   in.prepare();
   const Tensor& first = in.first();
   const RouterLossesShape shape = in.shape();
   const Tensor total = new_empty(first, {}), values = new_empty(first, {3});
   OptionalTensor squares;
-  if (z) squares = new_empty(first, {shape.blocks()}, ScalarType::Double);
+  if (z && shape.blocks() > 1) squares = new_empty(first, {shape.blocks()}, ScalarType::Double);
   dispatch_float_double(in.op, z ? "lse" : "score_sums", first, [&]<class T>() {
-    if (z)
+    if (squares)
       run(first, shape.blocks(), shape.kBlock,
           LseSquares<T>{shape, data<T>(in.lse), mutable_data<double>(squares)});
     run(first, 1, 1,
@@ -115,8 +127,17 @@ std::tuple<Tensor, Tensor> router_losses_backward(
     const Tensor& grad_total, const OptionalTensor& lse, const OptionalTensor& score_sums,
     const OptionalTensor& counts, const Tensor& group_tokens, Weight balance, Weight z,
     Weight importance, bool switch_convention, bool per_group, bool unbiased) {
-  Inputs in{"_router_losses_backward", lse, score_sums, counts, group_tokens, balance, z,
-            importance, switch_convention, per_group, unbiased};
+  Inputs in{"_router_losses_backward",
+            lse,
+            score_sums,
+            counts,
+            group_tokens,
+            balance,
+            z,
+            importance,
+            switch_convention,
+            per_group,
+            unbiased};
   in.prepare();
   const Tensor& first = in.first();
   check(grad_total.dim() == 0 && grad_total.scalar_type() == first.scalar_type(), in.op,
