@@ -1,10 +1,11 @@
 """The base of the auxiliary losses."""
 
-from typing import ClassVar
+from collections.abc import Iterable
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from torch_routers.ops import Statistics
+from torch_routers import ops
 from torch_routers.registry import Configurable
 from torch_routers.routing import Routing
 
@@ -24,7 +25,7 @@ class RouterLoss(Configurable, nn.Module):
     def forward(self, routing: Routing) -> Tensor:
         raise NotImplementedError
 
-    def statistics(self, routing: Routing) -> Statistics:
+    def statistics(self, routing: Routing) -> ops.Statistics:
         """Those of the routing; an error where its router has none."""
         if routing.statistics is None or routing.statistics.lse is None:
             raise ValueError(
@@ -34,4 +35,49 @@ class RouterLoss(Configurable, nn.Module):
         return routing.statistics
 
     def extra_repr(self) -> str:
-        return f"weight={self.weight}"
+        return ", ".join(
+            f"{name}={value!r}" for name, value in self.config().items() if name != "class"
+        )
+
+
+class StatisticsLoss(RouterLoss):
+    """A loss that is a term of `ops.router_losses`. Those of one router are evaluated in one call.
+
+    A subclass sets ``term``, the argument of `ops.router_losses` that takes its weight, and
+    overrides ``options`` where there are others. One that writes a ``forward`` of its own is
+    evaluated by that.
+    """
+
+    term: ClassVar[str]
+
+    def options(self) -> dict[str, Any]:
+        """Further arguments of `ops.router_losses`."""
+        return {}
+
+    def forward(self, routing: Routing) -> Tensor:
+        arguments = {self.term: 1.0} | self.options()
+        return ops.router_losses(self.statistics(routing), **arguments).total
+
+
+def evaluate(losses: Iterable[RouterLoss], routing: Routing) -> tuple[Tensor, dict[str, Tensor]]:
+    """The weighted sum of the losses, and each by name, unweighted and without gradient."""
+    arguments: dict[str, Any] = {}  # of one call of router_losses
+    terms: dict[str, str] = {}  # the losses in it
+    values: dict[str, Tensor] = {}
+    totals: list[Tensor] = []
+    for loss in losses:
+        has_own_forward = type(loss).forward is not StatisticsLoss.forward
+        if has_own_forward or loss.term in arguments:
+            value = loss(routing)
+            values[loss.name] = value.detach()
+            totals.append(loss.weight * value)
+        else:
+            statistics = loss.statistics(routing)
+            arguments[loss.term] = loss.weight
+            arguments.update(loss.options())
+            terms[loss.name] = loss.term
+    if terms:
+        common = ops.router_losses(statistics, **arguments)
+        totals.append(common.total)
+        values.update((name, getattr(common, term)) for name, term in terms.items())
+    return sum(totals[1:], totals[0]), values

@@ -2,8 +2,8 @@
 
 from torch import Tensor
 
-from torch_routers.losses.base import RouterLoss
-from torch_routers.routing import Routing
+from torch_routers import ops
+from torch_routers.losses.base import StatisticsLoss
 
 
 def z_loss(lse: Tensor, num_tokens: Tensor) -> Tensor:
@@ -11,9 +11,11 @@ def z_loss(lse: Tensor, num_tokens: Tensor) -> Tensor:
 
     .. math::  L = \frac{1}{T} \sum_t \Big( \ln \sum_e e^{z_{te}} \Big)^2
 
+    A token whose logits are all -inf adds 0, and has no gradient.
+
     Args:
         lse: ``[...]``, the log-sum-exp of each token; 0 where it is masked.
-        num_tokens: scalar, the number of tokens that are not masked; 0 gives the loss 0.
+        num_tokens: scalar int64, the number of tokens that are not masked; 0 gives the loss 0.
 
     Returns:
         A scalar in the dtype of ``lse``.
@@ -22,18 +24,14 @@ def z_loss(lse: Tensor, num_tokens: Tensor) -> Tensor:
     >>> z_loss(torch.tensor([1.0, 3.0]), torch.tensor(2))
     tensor(5.)
     """
-    return lse.square().sum() / num_tokens.clamp(min=1)
+    return ops.router_losses(ops.Statistics(lse, None, None, num_tokens[None]), z=1.0).total
 
 
-class ZLoss(RouterLoss):
+class ZLoss(StatisticsLoss):
     """`z_loss` of one router.
 
     Args:
         weight: the factor in the objective; 1e-3 in the paper.
     """
 
-    name = "z"
-
-    def forward(self, routing: Routing) -> Tensor:
-        lse, _, _, tokens = self.statistics(routing)
-        return z_loss(lse, tokens.sum())
+    name = term = "z"

@@ -4,14 +4,17 @@ from torch_routers.ops.gate import Statistics, gate, topk_gate, topk_select
 from torch_routers.ops.grouped_linear import grouped_linear
 from torch_routers.ops.limit_capacity import expert_capacity, limit_capacity
 from torch_routers.ops.plan import Plan
+from torch_routers.ops.router_losses import RouterLosses, router_losses
 
 __all__ = [
     "Plan",
+    "RouterLosses",
     "Statistics",
     "expert_capacity",
     "gate",
     "grouped_linear",
     "limit_capacity",
+    "router_losses",
     "topk_gate",
     "topk_select",
 ]

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch_routers._autograd import autocast_dtype
 from torch_routers.delivery import Deliver, Inputs, in_backward
 from torch_routers.losses import RouterLoss
+from torch_routers.losses.base import evaluate
 from torch_routers.registry import Configurable
 from torch_routers.routing import Routing
 
@@ -157,15 +158,14 @@ class Router(Configurable, nn.Module):
             return self.route(x, valid_mask=valid_mask, **context)
 
     def _deliver(self, routing: Routing) -> Routing:
-        values = {loss.name: loss(routing) for loss in self.losses}
-        aux_loss = sum(loss.weight * values[loss.name] for loss in self.losses)
+        aux_loss, values = evaluate(self.losses, routing)
         weights, attached = routing.weights, self._aux_scale is not None
         if attached:
             weights = Deliver.apply(weights, aux_loss, self._aux_scale)
         return routing._replace(
             weights=weights,
             aux_loss=None if attached else aux_loss,
-            losses={name: value.detach() for name, value in values.items()},
+            losses=values,
         )
 
     def extra_repr(self) -> str:

@@ -1,0 +1,189 @@
+#include <torch/csrc/stable/library.h>
+
+#include <tuple>
+
+#include "op/check.h"
+#include "op/dispatch.h"
+#include "router_losses/router_losses_kernel.h"
+
+namespace torch_routers {
+namespace {
+
+using std::int64_t;
+using OptionalTensor = std::optional<Tensor>;
+using Weight = std::optional<double>;  // none: the loss is not asked for
+using torch::stable::new_empty;
+
+// What both operators get.
+struct Inputs {
+  const char* op;
+  OptionalTensor lse, score_sums, counts;
+  Tensor group_tokens;
+  Weight balance, z, importance;
+  bool switch_convention, per_group, unbiased;
+
+  bool has_scores() const { return balance || importance; }
+  const Tensor& first() const { return z ? *lse : *score_sums; }
+
+  RouterLossesShape shape() const {
+    return {z ? lse->size(0) : 0, group_tokens.size(0), has_scores() ? score_sums->size(1) : 1,
+            per_group};
+  }
+
+  void check_matrix(const char* name, const OptionalTensor& matrix) const {
+    check(matrix.has_value(), op, ": expected ", name, " for the losses asked for, got none");
+    const int64_t groups = group_tokens.size(0);
+    check(matrix->dim() == 2 && matrix->size(0) == groups && matrix->size(1) >= 1, op,
+          ": expected ", name, " of shape [groups=", groups, ", num_experts], got ",
+          torch_routers::shape(*matrix));
+    check_same_device(op, first(), *matrix);
+  }
+
+  // Afterwards everything is contiguous, and what no loss needs is gone.
+  void prepare() {
+    check(balance || z || importance, op, ": expected the weight of a loss, got none");
+    check(group_tokens.dim() == 1, op, ": expected group_tokens of shape [groups], got ",
+          torch_routers::shape(group_tokens));
+    check(group_tokens.scalar_type() == ScalarType::Long, op,
+          ": expected group_tokens in int64, got ", dtype(group_tokens));
+    if (z) {
+      check(lse.has_value(), op, ": expected lse for the losses asked for, got none");
+      check(lse->dim() == 1, op, ": expected lse of shape [tokens], got ",
+            torch_routers::shape(*lse));
+    }
+    if (has_scores()) check_matrix("score_sums", score_sums);
+    if (balance) {
+      check_matrix("group_counts", counts);
+      check(counts->size(1) == score_sums->size(1), op, ": expected group_counts of shape ",
+            torch_routers::shape(*score_sums), ", that of score_sums, got ",
+            torch_routers::shape(*counts));
+      check(counts->scalar_type() == ScalarType::Long, op, ": expected group_counts in int64, got ",
+            dtype(*counts));
+    }
+    check(!z || !has_scores() || score_sums->scalar_type() == lse->scalar_type(), op,
+          ": expected score_sums in the dtype of lse, ", dtype(first()), ", got ",
+          has_scores() ? dtype(*score_sums) : dtype(first()));
+    check_same_device(op, first(), group_tokens);
+    lse = z ? contiguous(lse) : std::nullopt;
+    score_sums = has_scores() ? contiguous(score_sums) : std::nullopt;
+    counts = balance ? contiguous(counts) : std::nullopt;
+    group_tokens = torch::stable::contiguous(group_tokens);
+  }
+
+  template <class T>
+  RouterLosses<T> params(const double* squares, T* total, T* values, double* lse_slope,
+                         double* slopes) const {
+    return {shape(),
+            data<T>(score_sums),
+            data<int64_t>(counts),
+            data<int64_t>(group_tokens),
+            data<T>(lse),
+            squares,
+            importance.has_value(),
+            switch_convention,
+            unbiased,
+            balance.value_or(0),
+            z.value_or(0),
+            importance.value_or(0),
+            total,
+            values,
+            lse_slope,
+            slopes};
+  }
+};
+
+template <class Params>
+void run(const Tensor& on, int64_t count, int64_t cost, const Params& params) {
+  launch(
+      on, count, cost, [&](int64_t begin, int64_t end) { router_losses_cpu(params, begin, end); },
+      [&](void* stream) { router_losses_cuda(params, stream); });
+}
+
+std::tuple<Tensor, Tensor> router_losses(const OptionalTensor& lse,
+                                         const OptionalTensor& score_sums,
+                                         const OptionalTensor& counts, const Tensor& group_tokens,
+                                         Weight balance, Weight z, Weight importance,
+                                         bool switch_convention, bool per_group, bool unbiased) {
+  Inputs in{"router_losses",   lse,       score_sums, counts, group_tokens, balance, z, importance,
+            switch_convention, per_group, unbiased};
+  in.prepare();
+  const Tensor& first = in.first();
+  const RouterLossesShape shape = in.shape();
+  const Tensor total = new_empty(first, {}), values = new_empty(first, {3});
+  OptionalTensor squares;
+  if (z && shape.blocks() > 1) squares = new_empty(first, {shape.blocks()}, ScalarType::Double);
+  dispatch_float_double(in.op, z ? "lse" : "score_sums", first, [&]<class T>() {
+    if (squares)
+      run(first, shape.blocks(), shape.kBlock,
+          LseSquares<T>{shape, data<T>(in.lse), mutable_data<double>(squares)});
+    run(first, 1, 1,
+        in.params<T>(data<double>(squares), mutable_data<T>(total), mutable_data<T>(values),
+                     nullptr, nullptr));
+  });
+  return {total, values};
+}
+
+std::tuple<Tensor, Tensor> router_losses_backward(
+    const Tensor& grad_total, const OptionalTensor& lse, const OptionalTensor& score_sums,
+    const OptionalTensor& counts, const Tensor& group_tokens, Weight balance, Weight z,
+    Weight importance, bool switch_convention, bool per_group, bool unbiased) {
+  Inputs in{"_router_losses_backward",
+            lse,
+            score_sums,
+            counts,
+            group_tokens,
+            balance,
+            z,
+            importance,
+            switch_convention,
+            per_group,
+            unbiased};
+  in.prepare();
+  const Tensor& first = in.first();
+  check(grad_total.dim() == 0 && grad_total.scalar_type() == first.scalar_type(), in.op,
+        ": expected grad_total, a scalar in ", dtype(first), ", got ", dtype(grad_total),
+        " of shape ", torch_routers::shape(grad_total));
+  check_same_device(in.op, first, grad_total);
+  const RouterLossesShape shape = in.shape();
+  const bool has_scores = in.has_scores();
+  const int64_t groups = has_scores ? shape.groups : 0, experts = has_scores ? shape.experts : 0;
+  const Tensor grad_lse = new_empty(first, {shape.tokens});
+  const Tensor grad_score_sums = new_empty(first, {groups, experts});
+  const Tensor slopes = new_empty(first, {1 + shape.sets() * experts}, ScalarType::Double);
+  double* slope = mutable_data<double>(slopes);
+  dispatch_float_double(in.op, z ? "lse" : "score_sums", first, [&]<class T>() {
+    run(first, 1, 1, in.params<T>(nullptr, nullptr, nullptr, slope, slope + 1));
+    run(first, shape.tokens + groups * experts, 1,
+        RouterLossesBackward<T>{shape, data<T>(grad_total), data<T>(in.lse), slope, slope + 1,
+                                mutable_data<T>(grad_lse),
+                                has_scores ? mutable_data<T>(grad_score_sums) : nullptr});
+  });
+  return {grad_lse, grad_score_sums};
+}
+
+}  // namespace
+
+#define TORCH_ROUTERS_STATISTICS                                          \
+  "Tensor? lse, Tensor? score_sums, Tensor? counts, Tensor group_tokens, " \
+  "float? balance, float? z, float? importance, bool switch_convention, bool per_group, " \
+  "bool unbiased"
+
+STABLE_TORCH_LIBRARY_FRAGMENT(torch_routers, m) {
+  m.def("router_losses(" TORCH_ROUTERS_STATISTICS ") -> (Tensor total, Tensor values)");
+  m.def("_router_losses_backward(Tensor grad_total, " TORCH_ROUTERS_STATISTICS
+        ") -> (Tensor grad_lse, Tensor grad_score_sums)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(torch_routers, CPU, m) {
+  m.impl("router_losses", TORCH_BOX(&router_losses));
+  m.impl("_router_losses_backward", TORCH_BOX(&router_losses_backward));
+}
+
+#ifdef TORCH_ROUTERS_WITH_CUDA
+STABLE_TORCH_LIBRARY_IMPL(torch_routers, CUDA, m) {
+  m.impl("router_losses", TORCH_BOX(&router_losses));
+  m.impl("_router_losses_backward", TORCH_BOX(&router_losses_backward));
+}
+#endif
+
+}  // namespace torch_routers
