@@ -34,10 +34,10 @@ def finite(sample):
     return all(x.isfinite().all() for x in differentiable_inputs(sample))
 
 
-def for_each(which=all_samples, *, first=None, dtypes=False):
+def for_each(which=all_samples, *, cases=CASES, first=None, dtypes=False):
     """Parametrises a test by case and sample, and by the dtypes of the case."""
     names, values = "case, sample" + ", dtype" * dtypes, []
-    for case in CASES:
+    for case in cases:
         for sample in itertools.islice(filter(which, samples_of(case)), first):
             for dtype in case.dtypes if dtypes else [None]:
                 id = f"{case}-{sample.name}" + (f"-{str(dtype).split('.')[1]}" if dtypes else "")
@@ -75,6 +75,8 @@ def weighted_sum(outputs):
 
 def gradients(function, inputs):
     """Zero where the results do not depend on an input."""
+    if not inputs:
+        return ()
     total = weighted_sum(function(*inputs)) + sum(0 * x.nan_to_num(0, 0, 0).sum() for x in inputs)
     return torch.autograd.grad(total, inputs)
 
@@ -119,7 +121,7 @@ def test_results_do_not_depend_on_memory_layout(case, sample):
         """The same values, with gaps between them, in the opposite order of dimensions."""
         reversed_dims = tuple(range(x.dim()))[::-1]
         padded = torch.stack([x, torch.zeros_like(x)], -1).permute(-1, *reversed_dims)
-        return padded.contiguous()[0].permute(*reversed_dims)
+        return padded.contiguous()[0].permute(reversed_dims)
 
     sample = sample.to(case.dtypes[0])
     expected = case.call(*sample.args, **sample.options)
@@ -168,7 +170,7 @@ def test_gradients_are_finite(case, sample):
     inputs = differentiable_inputs(sample.to(case.dtypes[0]))
     function = function_of(case, sample.to(case.dtypes[0]))
     outputs = [y.where(y.isfinite(), 0) for y in function(*inputs)]
-    for gradient in torch.autograd.grad(weighted_sum(outputs), inputs):
+    for gradient in gradients(lambda *_: outputs, inputs):
         assert gradient.isfinite().all()
 
 
@@ -292,6 +294,80 @@ def test_exports(case, sample):
         assert torch.equal(x, y)
 
 
+# ---- transforms of operators that have no derivative --------------------------------------------
+
+#: None of their samples is smooth, so that they are in none of the tests above that need one.
+CONSTANT = [case for case in CASES if not any(map(smooth, samples_of(case)))]
+
+
+def function_of_tensors(case, sample):
+    """The case as a function of its tensors, and those."""
+
+    def function(*tensors):
+        tensors = iter(tensors)
+        args = [next(tensors) if isinstance(x, torch.Tensor) else x for x in sample.args]
+        return tuple(case.call(*args, **sample.options).values())
+
+    return function, [x for x in sample.args if isinstance(x, torch.Tensor)]
+
+
+@for_each(cases=CONSTANT)
+def test_vmap_is_one_by_one(case, sample):
+    function, tensors = function_of_tensors(case, sample)
+    batch = [torch.stack([x, x.flip(0)]) for x in tensors]
+    expected = [torch.stack(parts) for parts in zip(*(function(*xs) for xs in zip(*batch)))]
+    assert_close(torch.func.vmap(function)(*batch), tuple(expected), rtol=0, atol=0)
+    last = [x.movedim(0, -1) for x in batch]
+    assert_close(torch.func.vmap(function, in_dims=-1)(*last), tuple(expected), rtol=0, atol=0)
+
+
+@for_each(cases=CONSTANT)
+def test_is_a_constant_to_derivatives(case, sample):
+    function, tensors = function_of_tensors(case, sample)
+    expected = function(*tensors)
+    inputs = [x.clone().requires_grad_(x.is_floating_point()) for x in tensors]
+    assert not any(y.requires_grad for y in function(*inputs))
+
+    def scaled(factor):
+        results = function(*(x * factor if x.is_floating_point() else x for x in tensors))
+        return factor, results
+
+    one = torch.ones((), dtype=torch.float64)
+    _, results = torch.func.grad(scaled, has_aux=True)(one)
+    assert_close(results, expected, rtol=0, atol=0)
+    (_, results), (_, tangents) = torch.func.jvp(scaled, (one,), (one,))
+    assert_close(results, expected, rtol=0, atol=0)
+    assert not any(x.any() for x in tangents)
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@for_each(cases=CONSTANT, first=4)
+def test_compiles_as_a_constant(case, sample, dynamic):
+    function, tensors = function_of_tensors(case, sample)
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    assert_close(compiled(*tensors), function(*tensors), rtol=0, atol=0)
+
+
+@for_each(cases=CONSTANT, first=1)
+def test_compiles_as_a_constant_with_inductor(case, sample):
+    function, tensors = function_of_tensors(case, sample)
+    compiled = torch.compile(function, fullgraph=True)
+    assert_close(compiled(*tensors), function(*tensors), rtol=0, atol=0)
+    opcheck(case, sample, "test_aot_dispatch_dynamic")
+
+
+@for_each(cases=CONSTANT)
+def test_exports_as_a_constant(case, sample):
+    function, tensors = function_of_tensors(case, sample)
+
+    class Module(torch.nn.Module):
+        def forward(self, *inputs):
+            return function(*inputs)
+
+    program = torch.export.export(Module(), tuple(tensors))
+    assert_close(program.module()(*tensors), function(*tensors), rtol=0, atol=0)
+
+
 # ---- bits ----------------------------------------------------------------------------------------
 
 PROGRAM = """
@@ -363,7 +439,7 @@ def test_says_what_is_wrong(case, error, device):
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_refuses_sparse_tensors(case):
-    sample = next(s for s in samples_of(case) if s.smooth).to(torch.float32)
+    sample = samples_of(case)[0].to(torch.float32)
     with pytest.raises((NotImplementedError, RuntimeError)):
         case.call(sample.args[0].to_sparse(), *sample.args[1:], **sample.options)
 
@@ -391,7 +467,10 @@ def test_cuda_equals_cpu(case, sample, dtype):
 @needs_cuda
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_says_that_devices_differ(case):
-    sample = next(s for s in samples_of(case) if "valid_mask" in s.options or len(s.args) == 3)
+    def has_more_tensors(s):
+        return any(isinstance(x, torch.Tensor) for x in (s.args[-1], *s.options.values()))
+
+    sample = next(filter(has_more_tensors, samples_of(case)))
     *args, last = sample.to(torch.float32).args
     last = last.cuda() if isinstance(last, torch.Tensor) else last
     options = {n: x.cuda() if isinstance(x, torch.Tensor) else x for n, x in sample.options.items()}

@@ -118,6 +118,8 @@ def vmap_by_loop(call: Callable) -> Callable:
             call(*(x if dim is None else x.select(dim, i) for x, dim in zip(inputs, in_dims)))
             for i in range(info.batch_size)
         ]
+        if isinstance(samples[0], tuple):
+            return tuple(map(torch.stack, zip(*samples))), (0,) * len(samples[0])
         return torch.stack(samples), 0
 
     return vmap
