@@ -23,9 +23,7 @@ Range range_of(int64_t part, int64_t parts, int64_t size) {
 
 // Of a part, by index + 1: slots without expert, of each expert, and with an index out of range;
 // after place_experts the row of the next such slot.
-template <class T> int64_t* bins_of(const ExpertPlan<T>& p, int64_t part) {
-  return p.bins + part * p.num_bins();
-}
+int64_t* bins_of(const ExpertPlanRows& p, int64_t part) { return p.bins + part * p.num_bins(); }
 
 // ---- given by index ----------------------------------------------------------------------------
 
@@ -112,7 +110,7 @@ template <class T> void count_slots(const ExpertPlan<T>& p, int64_t begin, int64
   }
 }
 
-template <class T> void place_experts(const ExpertPlan<T>& p) {
+void place_experts(const ExpertPlanRows& p) {
   const int64_t experts = p.experts, max_rows = p.max_rows;
   int64_t *next = p.counts, *offsets = p.offsets;
   for (int64_t e = 0; e < experts; ++e) next[e] = 0;
@@ -155,7 +153,6 @@ template <class T> void place_slots(const ExpertPlan<T>& p, int64_t begin, int64
 
 #define TORCH_ROUTERS_INSTANTIATE(T)                                 \
   template void count_slots(const ExpertPlan<T>&, int64_t, int64_t); \
-  template void place_experts(const ExpertPlan<T>&);                 \
   template void place_slots(const ExpertPlan<T>&, int64_t, int64_t);
 TORCH_ROUTERS_INSTANTIATE(int64_t)
 TORCH_ROUTERS_INSTANTIATE(float)

@@ -25,11 +25,9 @@
 
 namespace torch_routers {
 
-// T: std::int64_t for indices, else the scalar type of the weights.
-template <class T> struct ExpertPlan {
+struct ExpertPlanRows {
   std::int64_t tokens, slots, experts, max_rows;
   std::int64_t parts;     // at least 1; on CUDA those of cuda_parts()
-  const T* experts_of;    // [tokens, slots]: indices or weights
   std::int64_t* bins;     // scratch: [parts, num_bins()], on CUDA [experts, parts]
   std::int64_t* order;    // [max_rows]
   std::int64_t* inverse;  // [tokens, slots]
@@ -56,10 +54,15 @@ template <class T> struct ExpertPlan {
   static constexpr std::int64_t kMostCudaParts = 8192;
 };
 
+// T: std::int64_t for indices, else the scalar type of the weights.
+template <class T> struct ExpertPlan : ExpertPlanRows {
+  const T* experts_of;  // [tokens, slots]: indices or weights
+};
+
 // On the calling thread. The three steps: parts [begin, end), the experts, parts [begin, end).
 TORCH_ROUTERS_FOR_EACH_ISA(
   template <class T> void count_slots(const ExpertPlan<T>&, std::int64_t begin, std::int64_t end);
-  template <class T> void place_experts(const ExpertPlan<T>&);
+  void place_experts(const ExpertPlanRows&);
   template <class T> void place_slots(const ExpertPlan<T>&, std::int64_t begin, std::int64_t end);
 )
 

@@ -37,28 +37,28 @@ Results run(const char* op, const Tensor& experts_of, int64_t experts,
   const int64_t max_rows = rows.value_or(tokens * slots);
   check(max_rows >= 0, op, ": expected max_rows >= 0, got ", max_rows);
 
-  const auto allocate = [&](std::initializer_list<int64_t> sizes) {
-    return empty(experts_of, ScalarType::Long, sizes);
+  const auto integers = [&](std::initializer_list<int64_t> sizes) {
+    return allocate(experts_of, sizes, ScalarType::Long);
   };
-  const Tensor order = allocate({max_rows}), inverse = allocate({tokens, slots});
-  const Tensor counts = allocate({experts}), offsets = allocate({experts + 1});
-  const Tensor dropped = allocate({});
+  const Tensor order = integers({max_rows}), inverse = integers({tokens, slots});
+  const Tensor counts = integers({experts}), offsets = integers({experts + 1});
+  const Tensor dropped = integers({});
   ExpertPlan<T> plan{tokens,
                      slots,
                      experts,
                      max_rows,
                      1,
-                     data<T>(experts_of),
                      nullptr,
                      mutable_data<int64_t>(order),
                      mutable_data<int64_t>(inverse),
                      mutable_data<int64_t>(counts),
                      mutable_data<int64_t>(offsets),
-                     mutable_data<int64_t>(dropped)};
+                     mutable_data<int64_t>(dropped),
+                     data<T>(experts_of)};
   plan.parts = experts_of.is_cpu() ? std::clamp<int64_t>(plan.size() / kSlotsPerPart, 1,
                                                          torch::stable::get_num_threads())
                                    : plan.cuda_parts();
-  const Tensor bins = allocate({plan.parts * plan.num_bins()});
+  const Tensor bins = integers({plan.parts * plan.num_bins()});
   plan.bins = mutable_data<int64_t>(bins);
 
   const int64_t cost = plan.size() / plan.parts;

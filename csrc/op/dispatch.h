@@ -72,22 +72,23 @@ template <class T> T* mutable_data(const std::optional<Tensor>& tensor) {
   return tensor ? mutable_data<T>(*tensor) : nullptr;
 }
 
-// A new tensor where `like` is, of rows without gaps, not filled. (torch::stable::new_empty calls an
-// operator that it looks up by its name: that takes a microsecond longer, for each result.)
-inline Tensor empty(const Tensor& like, ScalarType type,
-                    std::initializer_list<std::int64_t> sizes) {
-  std::int32_t device_type, device_index;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
-  constexpr std::size_t kMostDims = 8;
-  std::int64_t strides[kMostDims], stride = 1;
-  for (std::size_t d = sizes.size(); d-- > 0; stride *= std::max<std::int64_t>(1, sizes.begin()[d]))
-    strides[d] = stride;
+// An uninitialised tensor where `like` is, contiguous. (torch::stable::new_empty goes through the
+// dispatcher twice, which costs more than a small kernel.)
+inline Tensor allocate(const Tensor& like, std::initializer_list<std::int64_t> sizes,
+                       ScalarType dtype) {
+  std::int64_t strides[8], step = 1;
+  for (std::size_t d = sizes.size(); d-- > 0;) {
+    strides[d] = step;
+    step *= std::max<std::int64_t>(1, sizes.begin()[d]);
+  }
+  std::int32_t device = 0, index = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &index));
   AtenTensorHandle handle;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
       static_cast<std::int64_t>(sizes.size()), sizes.begin(), strides,
-      torch::stable::detail::to<std::int32_t>(torch::stable::detail::from(type)), device_type,
-      device_index, &handle));
+      torch::stable::detail::to<std::int32_t>(torch::stable::detail::from(dtype)), device, index,
+      &handle));
   return Tensor(handle);
 }
 

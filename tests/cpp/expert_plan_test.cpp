@@ -80,13 +80,13 @@ class ExpertPlanKernel : public testing::TestWithParam<Isa> {
                           experts,
                           max_rows,
                           parts,
-                          experts_of.data(),
                           bins.data(),
                           plan.order.data(),
                           plan.inverse.data(),
                           plan.counts.data(),
                           plan.offsets.data(),
-                          &plan.dropped};
+                          &plan.dropped,
+                          experts_of.data()};
     count(p, parts / 2, parts);  // in any order
     count(p, 0, parts / 2);
     TORCH_ROUTERS_PICK_ISA(GetParam(), place_experts(p));
@@ -132,7 +132,7 @@ TEST_P(ExpertPlanKernel, CountsIndicesOutOfRange) {
   constexpr int64_t kMost = std::numeric_limits<int64_t>::max();
   const Integers experts_of{-2, 0, 3, -1, 2, kMost, -kMost - 1, 1};
   Integers bins(10);
-  ExpertPlan<int64_t> p{4, 2, 3, 8, 2, experts_of.data(), bins.data(), {}, {}, {}, {}, {}};
+  ExpertPlan<int64_t> p{4, 2, 3, 8, 2, bins.data(), {}, {}, {}, {}, {}, experts_of.data()};
   count(p, 0, 2);
   EXPECT_EQ(bins, (Integers{1, 1, 0, 0, 2, 0, 0, 1, 1, 2}));
   EXPECT_EQ(p.out_of_range(0), 2);
@@ -204,13 +204,13 @@ TEST_P(ExpertPlanKernel, LargeNumbersByIndex) {
                               kExperts,
                               2 * kTokens,
                               kParts,
-                              begin_of(experts_of, kFirst),
                               begin_of(bins, (kParts - 1) * (kExperts + 2)),
                               begin_of(order, kRow),
                               begin_of(inverse, kFirst),
                               nullptr,
                               offsets.data(),
-                              nullptr};
+                              nullptr,
+                              begin_of(experts_of, kFirst)};
   count(p, kParts - 1, kParts);
   EXPECT_EQ(bins, (Integers{2, 2, 1, 3, 0}));
   bins = {kRow + 250, kRow, kRow + 100, kRow + 200, 0};
@@ -233,13 +233,13 @@ TEST_P(ExpertPlanKernel, LargeNumbersByWeight) {
                             kExperts,
                             kRow + 8,
                             kTokens / 2,
-                            begin_of(weights, kFirst),
                             begin_of(bins, (kTokens / 2 - 1) * (kExperts + 2)),
                             begin_of(order, kRow),
                             begin_of(inverse, kFirst),
                             nullptr,
                             offsets.data(),
-                            nullptr};
+                            nullptr,
+                            begin_of(weights, kFirst)};
   count(p, kTokens / 2 - 1, kTokens / 2);
   EXPECT_EQ(bins, (Integers{0, 1, 2, 0, 0}));
   bins = {0, kRow, kRow + 4, kRow + 8, 0};
