@@ -33,7 +33,7 @@ template <int kExperts> __device__ Task task_of_warp(const ExpertPlanRows& p, in
   Task task;
   task.part = block * kWarps<kExperts> + warp();
   task.begin = task.part * part_size;
-  task.end = min(task.begin + part_size, p.size());
+  task.end = min(task.begin + part_size, p.tokens * p.slots);
   task.first = chunk * kExperts;
   task.width = static_cast<int>(min(p.experts - task.first, int64_t{kExperts}));
   return task;
@@ -176,7 +176,7 @@ template <int kExperts, class T> void run(const Parts<T>& p, void* stream) {
 
 template <class T> void expert_plan_cuda(const ExpertPlan<T>& plan, void* stream) {
   const Parts<T> p{plan, plan.cuda_part_size()};
-  if (p.experts <= 128) return run<128>(p, stream);
+  if (p.experts <= 256) return run<256>(p, stream);
   if (p.experts <= 1024) return run<1024>(p, stream);
   run<kMostExperts>(p, stream);
 }
