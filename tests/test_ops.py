@@ -34,10 +34,10 @@ def finite(sample):
     return all(x.isfinite().all() for x in differentiable_inputs(sample))
 
 
-def for_each(which=all_samples, *, first=None, dtypes=False):
+def for_each(which=all_samples, *, cases=CASES, first=None, dtypes=False):
     """Parametrises a test by case and sample, and by the dtypes of the case."""
     names, values = "case, sample" + ", dtype" * dtypes, []
-    for case in CASES:
+    for case in cases:
         for sample in itertools.islice(filter(which, samples_of(case)), first):
             for dtype in case.dtypes if dtypes else [None]:
                 id = f"{case}-{sample.name}" + (f"-{str(dtype).split('.')[1]}" if dtypes else "")
@@ -299,6 +299,80 @@ def test_exports(case, sample):
     program = torch.export.export(Module(), inputs)
     for x, y in zip(program.module()(*inputs), Module()(*inputs)):
         assert torch.equal(x, y)
+
+
+# ---- transforms of operators that have no derivative --------------------------------------------
+
+#: None of their samples is smooth, so that they are in none of the tests above that need one.
+CONSTANT = [case for case in CASES if not any(map(smooth, samples_of(case)))]
+
+
+def function_of_tensors(case, sample):
+    """The case as a function of its tensors, and those."""
+
+    def function(*tensors):
+        tensors = iter(tensors)
+        args = [next(tensors) if isinstance(x, torch.Tensor) else x for x in sample.args]
+        return tuple(case.call(*args, **sample.options).values())
+
+    return function, [x for x in sample.args if isinstance(x, torch.Tensor)]
+
+
+@for_each(cases=CONSTANT)
+def test_vmap_is_one_by_one(case, sample):
+    function, tensors = function_of_tensors(case, sample)
+    batch = [torch.stack([x, x.flip(0)]) for x in tensors]
+    expected = [torch.stack(parts) for parts in zip(*(function(*xs) for xs in zip(*batch)))]
+    assert_close(torch.func.vmap(function)(*batch), tuple(expected), rtol=0, atol=0)
+    last = [x.movedim(0, -1) for x in batch]
+    assert_close(torch.func.vmap(function, in_dims=-1)(*last), tuple(expected), rtol=0, atol=0)
+
+
+@for_each(cases=CONSTANT)
+def test_is_a_constant_to_derivatives(case, sample):
+    function, tensors = function_of_tensors(case, sample)
+    expected = function(*tensors)
+    inputs = [x.clone().requires_grad_(x.is_floating_point()) for x in tensors]
+    assert not any(y.requires_grad for y in function(*inputs))
+
+    def scaled(factor):
+        results = function(*(x * factor if x.is_floating_point() else x for x in tensors))
+        return factor, results
+
+    one = torch.ones((), dtype=torch.float64)
+    _, results = torch.func.grad(scaled, has_aux=True)(one)
+    assert_close(results, expected, rtol=0, atol=0)
+    (_, results), (_, tangents) = torch.func.jvp(scaled, (one,), (one,))
+    assert_close(results, expected, rtol=0, atol=0)
+    assert not any(x.any() for x in tangents)
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@for_each(cases=CONSTANT, first=4)
+def test_compiles_as_a_constant(case, sample, dynamic):
+    function, tensors = function_of_tensors(case, sample)
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    assert_close(compiled(*tensors), function(*tensors), rtol=0, atol=0)
+
+
+@for_each(cases=CONSTANT, first=1)
+def test_compiles_as_a_constant_with_inductor(case, sample):
+    function, tensors = function_of_tensors(case, sample)
+    compiled = torch.compile(function, fullgraph=True)
+    assert_close(compiled(*tensors), function(*tensors), rtol=0, atol=0)
+    opcheck(case, sample, "test_aot_dispatch_dynamic")
+
+
+@for_each(cases=CONSTANT)
+def test_exports_as_a_constant(case, sample):
+    function, tensors = function_of_tensors(case, sample)
+
+    class Module(torch.nn.Module):
+        def forward(self, *inputs):
+            return function(*inputs)
+
+    program = torch.export.export(Module(), tuple(tensors))
+    assert_close(program.module()(*tensors), function(*tensors), rtol=0, atol=0)
 
 
 # ---- bits ----------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Operators: functions of tensors, each with every derivative and transform."""
 
+from torch_routers.ops.expert_plan import expert_plan, expert_plan_from_weights
 from torch_routers.ops.gate import Statistics, gate, topk_gate, topk_select
 from torch_routers.ops.grouped_linear import grouped_linear
 from torch_routers.ops.limit_capacity import expert_capacity, limit_capacity
@@ -11,6 +12,8 @@ __all__ = [
     "RouterLosses",
     "Statistics",
     "expert_capacity",
+    "expert_plan",
+    "expert_plan_from_weights",
     "gate",
     "grouped_linear",
     "limit_capacity",
