@@ -118,6 +118,9 @@ def vmap_by_loop(call: Callable) -> Callable:
             call(*(x if dim is None else x.select(dim, i) for x, dim in zip(inputs, in_dims)))
             for i in range(info.batch_size)
         ]
+        if isinstance(samples[0], tuple):
+            results = tuple(torch.stack(parts) for parts in zip(*samples))
+            return results, (0,) * len(results)
         return torch.stack(samples), 0
 
     return vmap

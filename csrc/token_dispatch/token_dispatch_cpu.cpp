@@ -1,0 +1,164 @@
+#include "common/row.h"
+#include "common/stream.h"
+#include "token_dispatch/token_dispatch_kernel.h"
+
+namespace torch_routers::TORCH_ROUTERS_ISA {
+namespace {
+
+using std::int64_t;
+constexpr int64_t kTile = 512;  // elements: a tile stays in the first cache
+constexpr int kAtOnce = 8;      // rows that are added in one pass
+
+template <class T> bool is_large(const DispatchPlan& p, int64_t rows) {
+  return rows * p.hidden * static_cast<int64_t>(sizeof(T)) > kStreamBytes;
+}
+
+// ---- to rows -----------------------------------------------------------------------------------
+
+template <class T>
+void copy(const T* __restrict from, int64_t size, T* __restrict to, bool stream) {
+  const auto bytes = static_cast<std::size_t>(size) * sizeof(T);
+  if (stream)
+    stream_copy(to, from, bytes);
+  else
+    memcpy(to, from, bytes);
+}
+
+template <class T>
+void scale(const T* __restrict from, Compute<T> weight, int64_t size, T* __restrict to) {
+  for (int64_t h = 0; h < size; ++h) store(&to[h], weight * load(from[h]));
+}
+
+template <class T>
+void scale(const T* from, Compute<T> weight, int64_t size, T* to, bool stream) {
+  if (!stream) return scale(from, weight, size, to);
+  T tile[kTile];
+  for (int64_t h = 0; h < size; h += kTile) {
+    const int64_t part = size - h < kTile ? size - h : kTile;
+    scale(from + h, weight, part, tile);
+    copy(tile, part, to + h, true);
+  }
+}
+
+// ---- to tokens ---------------------------------------------------------------------------------
+
+// sums[h] = start + sum over j, in order, of weights[j] * rows[j][first + h]; start is 0 or sums[h].
+template <int kRows, bool kFromZero, class T, class Sum>
+void add(const T* const* rows, const Compute<T>* weights, int64_t first, int64_t size,
+         Sum* __restrict sums) {
+  const T* row[kRows + 1];
+  Compute<T> weight[kRows + 1];
+  for (int j = 0; j < kRows; ++j) {
+    row[j] = rows[j] + first;
+    weight[j] = weights[j];
+  }
+  for (int64_t h = 0; h < size; ++h) {
+    Compute<T> sum = kFromZero ? Compute<T>{0} : load(sums[h]);
+    for (int j = 0; j < kRows; ++j) sum += weight[j] * load(row[j][h]);
+    store(&sums[h], sum);
+  }
+}
+
+template <bool kFromZero, int kRows = kAtOnce, class T, class Sum>
+void add(int count, const T* const* rows, const Compute<T>* weights, int64_t first, int64_t size,
+         Sum* sums) {
+  if (count == kRows)
+    add<kRows, kFromZero>(rows, weights, first, size, sums);
+  else if constexpr (kRows > 0)
+    add<kFromZero, kRows - 1>(count, rows, weights, first, size, sums);
+}
+
+// The next rows of a token, at most kAtOnce, from slot `slot` on, which moves past them.
+template <class T> struct Rows {
+  const T* rows[kAtOnce];
+  Compute<T> weights[kAtOnce];
+  int count = 0;
+
+  Rows(const Combine<T>& p, int64_t token, int64_t& slot) {
+    for (; slot < p.slots && count < kAtOnce; ++slot) {
+      const int64_t i = token * p.slots + slot;
+      if (p.inverse[i] < 0) continue;
+      rows[count] = p.row + p.inverse[i] * p.hidden;
+      weights[count++] = p.weights ? p.weights[i] : 1;
+    }
+  }
+};
+
+// A token of more rows than are added in one pass.
+template <class T>
+void combine_tile(const Combine<T>& p, int64_t token, int64_t first, int64_t size, T* to) {
+  Compute<T> sums[kTile];
+  for (int64_t h = 0; h < size; ++h) sums[h] = 0;
+  for (int64_t slot = 0; slot < p.slots;) {
+    const Rows<T> rows(p, token, slot);
+    add<false>(rows.count, rows.rows, rows.weights, first, size, sums);
+  }
+  for (int64_t h = 0; h < size; ++h) store(&to[h], sums[h]);
+}
+
+}  // namespace
+
+template <class T> void dispatch(const Permute<T>& p, int64_t begin, int64_t end) {
+  const bool stream = is_large<T>(p, p.max_rows);
+  for (int64_t t = begin; t < end; ++t) {
+    const T* token = p.token + t * p.hidden;
+    for (int64_t i = t * p.slots; i < (t + 1) * p.slots; ++i) {
+      if (p.inverse[i] < 0) continue;
+      T* row = p.row + p.inverse[i] * p.hidden;
+      if (p.weights)
+        scale(token, p.weights[i], p.hidden, row, stream);
+      else
+        copy(token, p.hidden, row, stream);
+    }
+  }
+  if (stream) stream_fence();
+}
+
+template <class T> void dispatch(const Combine<T>& p, int64_t begin, int64_t end) {
+  for (int64_t t = begin; t < end; ++t) {
+    T* token = p.token + t * p.hidden;
+    int64_t slot = 0;
+    const Rows<T> rows(p, t, slot);
+    if (slot == p.slots) {
+      add<true>(rows.count, rows.rows, rows.weights, 0, p.hidden, token);
+      continue;
+    }
+    for (int64_t h = 0; h < p.hidden; h += kTile)
+      combine_tile(p, t, h, p.hidden - h < kTile ? p.hidden - h : kTile, token + h);
+  }
+}
+
+template <class T> void dispatch(const CombineBackward<T>& p, int64_t begin, int64_t end) {
+  const bool stream = is_large<T>(p, p.max_rows);
+  for (int64_t t = begin; t < end; ++t) {
+    const T* token = p.token + t * p.hidden;
+    for (int64_t i = t * p.slots; i < (t + 1) * p.slots; ++i) {
+      p.grad_weights[i] = 0;
+      if (p.inverse[i] < 0) continue;
+      const T* row = p.row + p.inverse[i] * p.hidden;
+      p.grad_weights[i] =
+          sum_row<Compute<T>>(p.hidden, [&](int64_t h) { return load(token[h]) * load(row[h]); });
+      if (p.weights)
+        scale(token, p.weights[i], p.hidden, p.grad_row + p.inverse[i] * p.hidden, stream);
+    }
+  }
+  if (stream) stream_fence();
+}
+
+template <class T> void dispatch(const ClearUnused<T>& p, int64_t begin, int64_t end) {
+  for (int64_t r = begin; r < end; ++r)
+    if (p.order[r] < 0)
+      memset(p.row + r * p.hidden, 0, static_cast<std::size_t>(p.hidden) * sizeof(T));
+}
+
+#define TORCH_ROUTERS_INSTANTIATE(T)                                 \
+  template void dispatch(const Permute<T>&, int64_t, int64_t);         \
+  template void dispatch(const Combine<T>&, int64_t, int64_t);         \
+  template void dispatch(const CombineBackward<T>&, int64_t, int64_t); \
+  template void dispatch(const ClearUnused<T>&, int64_t, int64_t);
+TORCH_ROUTERS_INSTANTIATE(float)
+TORCH_ROUTERS_INSTANTIATE(double)
+TORCH_ROUTERS_INSTANTIATE(BFloat16)
+TORCH_ROUTERS_INSTANTIATE(Float16)
+
+}  // namespace torch_routers::TORCH_ROUTERS_ISA
