@@ -9,36 +9,51 @@ using std::int64_t;
 constexpr int64_t kTile = 512;  // elements: a tile stays in the first cache
 constexpr int kAtOnce = 8;      // rows that are added in one pass
 
-template <class T> bool is_large(const DispatchPlan& p, int64_t rows) {
-  return rows * p.hidden * static_cast<int64_t>(sizeof(T)) > kStreamBytes;
+template <class T> std::size_t bytes(int64_t size) {
+  return static_cast<std::size_t>(size) * sizeof(T);
 }
 
 // ---- to rows -----------------------------------------------------------------------------------
 
-template <class T>
-void copy(const T* __restrict from, int64_t size, T* __restrict to, bool stream) {
-  const auto bytes = static_cast<std::size_t>(size) * sizeof(T);
-  if (stream)
-    stream_copy(to, from, bytes);
-  else
-    memcpy(to, from, bytes);
-}
-
-template <class T>
-void scale(const T* __restrict from, Compute<T> weight, int64_t size, T* __restrict to) {
-  for (int64_t h = 0; h < size; ++h) store(&to[h], weight * load(from[h]));
-}
-
-template <class T>
-void scale(const T* from, Compute<T> weight, int64_t size, T* to, bool stream) {
-  if (!stream) return scale(from, weight, size, to);
-  T tile[kTile];
-  for (int64_t h = 0; h < size; h += kTile) {
-    const int64_t part = size - h < kTile ? size - h : kTile;
-    scale(from + h, weight, part, tile);
-    copy(tile, part, to + h, true);
+// Rows as a whole are written past the caches if they are large.
+template <class T> class RowWriter {
+ public:
+  RowWriter(const DispatchPlan& p, T* rows)
+      : rows_(rows),
+        hidden_(p.hidden),
+        stream_(p.max_rows * p.hidden * sizeof(T) >= kStreamBytes) {}
+  ~RowWriter() {
+    if (stream_) stream_fence();
   }
-}
+
+  void copy(int64_t row, const T* token) const {
+    T* to = rows_ + row * hidden_;
+    if (stream_)
+      stream_copy(to, token, bytes<T>(hidden_));
+    else
+      memcpy(to, token, bytes<T>(hidden_));
+  }
+
+  void scale(int64_t row, const T* token, Compute<T> weight) const {
+    T* to = rows_ + row * hidden_;
+    if (!stream_) return scale(token, weight, hidden_, to);
+    T tile[kTile];
+    for (int64_t h = 0; h < hidden_; h += kTile) {
+      const int64_t size = hidden_ - h < kTile ? hidden_ - h : kTile;
+      scale(token + h, weight, size, tile);
+      stream_copy(to + h, tile, bytes<T>(size));
+    }
+  }
+
+ private:
+  static void scale(const T* __restrict from, Compute<T> weight, int64_t size, T* __restrict to) {
+    for (int64_t h = 0; h < size; ++h) store(&to[h], weight * load(from[h]));
+  }
+
+  T* rows_;
+  int64_t hidden_;
+  bool stream_;
+};
 
 // ---- to tokens ---------------------------------------------------------------------------------
 
@@ -99,19 +114,17 @@ void combine_tile(const Combine<T>& p, int64_t token, int64_t first, int64_t siz
 }  // namespace
 
 template <class T> void dispatch(const Permute<T>& p, int64_t begin, int64_t end) {
-  const bool stream = is_large<T>(p, p.max_rows);
+  const RowWriter<T> writer(p, p.row);
   for (int64_t t = begin; t < end; ++t) {
     const T* token = p.token + t * p.hidden;
     for (int64_t i = t * p.slots; i < (t + 1) * p.slots; ++i) {
       if (p.inverse[i] < 0) continue;
-      T* row = p.row + p.inverse[i] * p.hidden;
       if (p.weights)
-        scale(token, p.weights[i], p.hidden, row, stream);
+        writer.scale(p.inverse[i], token, p.weights[i]);
       else
-        copy(token, p.hidden, row, stream);
+        writer.copy(p.inverse[i], token);
     }
   }
-  if (stream) stream_fence();
 }
 
 template <class T> void dispatch(const Combine<T>& p, int64_t begin, int64_t end) {
@@ -129,7 +142,7 @@ template <class T> void dispatch(const Combine<T>& p, int64_t begin, int64_t end
 }
 
 template <class T> void dispatch(const CombineBackward<T>& p, int64_t begin, int64_t end) {
-  const bool stream = is_large<T>(p, p.max_rows);
+  const RowWriter<T> writer(p, p.grad_row);
   for (int64_t t = begin; t < end; ++t) {
     const T* token = p.token + t * p.hidden;
     for (int64_t i = t * p.slots; i < (t + 1) * p.slots; ++i) {
@@ -138,17 +151,14 @@ template <class T> void dispatch(const CombineBackward<T>& p, int64_t begin, int
       const T* row = p.row + p.inverse[i] * p.hidden;
       p.grad_weights[i] =
           sum_row<Compute<T>>(p.hidden, [&](int64_t h) { return load(token[h]) * load(row[h]); });
-      if (p.weights)
-        scale(token, p.weights[i], p.hidden, p.grad_row + p.inverse[i] * p.hidden, stream);
+      if (p.weights) writer.scale(p.inverse[i], token, p.weights[i]);
     }
   }
-  if (stream) stream_fence();
 }
 
 template <class T> void dispatch(const ClearUnused<T>& p, int64_t begin, int64_t end) {
   for (int64_t r = begin; r < end; ++r)
-    if (p.order[r] < 0)
-      memset(p.row + r * p.hidden, 0, static_cast<std::size_t>(p.hidden) * sizeof(T));
+    if (p.order[r] < 0) memset(p.row + r * p.hidden, 0, bytes<T>(p.hidden));
 }
 
 #define TORCH_ROUTERS_INSTANTIATE(T)                                 \
