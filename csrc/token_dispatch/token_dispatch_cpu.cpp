@@ -15,6 +15,18 @@ template <class T> std::size_t bytes(int64_t size) {
 
 // ---- to rows -----------------------------------------------------------------------------------
 
+// Rows are far apart: the processor begins to fetch one on its own only after its first lines.
+template <class T>
+void prefetch(const DispatchPlan& p, const T* rows, int64_t first_slot, int64_t count) {
+  constexpr int64_t kLine = 64, kLines = 8;
+  for (int64_t i = first_slot; i < first_slot + count && i < p.tokens * p.slots; ++i) {
+    if (p.inverse[i] < 0) continue;
+    const auto* row = reinterpret_cast<const char*>(rows + p.inverse[i] * p.hidden);
+    const auto size = static_cast<int64_t>(bytes<T>(p.hidden));
+    for (int64_t b = 0; b < kLines * kLine && b < size; b += kLine) __builtin_prefetch(row + b);
+  }
+}
+
 // Rows as a whole are written past the caches if they are large.
 template <class T> class RowWriter {
  public:
@@ -22,15 +34,12 @@ template <class T> class RowWriter {
       : rows_(rows),
         hidden_(p.hidden),
         stream_(p.max_rows * p.hidden * sizeof(T) >= kStreamBytes) {}
-  ~RowWriter() {
-    if (stream_) stream_fence();
-  }
 
   void copy(int64_t row, const T* token) const {
     T* to = rows_ + row * hidden_;
     if (stream_)
       stream_copy(to, token, bytes<T>(hidden_));
-    else
+    else if (hidden_ > 0)  // else there may be no memory
       memcpy(to, token, bytes<T>(hidden_));
   }
 
@@ -43,6 +52,10 @@ template <class T> class RowWriter {
       scale(token + h, weight, size, tile);
       stream_copy(to + h, tile, bytes<T>(size));
     }
+  }
+
+  void finish() const {
+    if (stream_) stream_fence();
   }
 
  private:
@@ -125,11 +138,13 @@ template <class T> void dispatch(const Permute<T>& p, int64_t begin, int64_t end
         writer.copy(p.inverse[i], token);
     }
   }
+  writer.finish();
 }
 
 template <class T> void dispatch(const Combine<T>& p, int64_t begin, int64_t end) {
   for (int64_t t = begin; t < end; ++t) {
     T* token = p.token + t * p.hidden;
+    prefetch(p, p.row, (t + 1) * p.slots, p.slots < kAtOnce ? p.slots : kAtOnce);
     int64_t slot = 0;
     const Rows<T> rows(p, t, slot);
     if (slot == p.slots) {
@@ -146,6 +161,7 @@ template <class T> void dispatch(const CombineBackward<T>& p, int64_t begin, int
   for (int64_t t = begin; t < end; ++t) {
     const T* token = p.token + t * p.hidden;
     for (int64_t i = t * p.slots; i < (t + 1) * p.slots; ++i) {
+      prefetch(p, p.row, i + 1, 1);
       p.grad_weights[i] = 0;
       if (p.inverse[i] < 0) continue;
       const T* row = p.row + p.inverse[i] * p.hidden;
@@ -154,11 +170,12 @@ template <class T> void dispatch(const CombineBackward<T>& p, int64_t begin, int
       if (p.weights) writer.scale(p.inverse[i], token, p.weights[i]);
     }
   }
+  writer.finish();
 }
 
 template <class T> void dispatch(const ClearUnused<T>& p, int64_t begin, int64_t end) {
   for (int64_t r = begin; r < end; ++r)
-    if (p.order[r] < 0) memset(p.row + r * p.hidden, 0, bytes<T>(p.hidden));
+    if (p.order[r] < 0 && p.hidden > 0) memset(p.row + r * p.hidden, 0, bytes<T>(p.hidden));
 }
 
 #define TORCH_ROUTERS_INSTANTIATE(T)                                 \

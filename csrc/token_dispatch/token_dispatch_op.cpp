@@ -11,7 +11,15 @@ namespace {
 
 using std::int64_t;
 using OptionalTensor = std::optional<Tensor>;
-using torch::stable::contiguous, torch::stable::new_empty;
+using torch::stable::new_empty;
+
+// Without a call of the dispatcher, which costs more than a small kernel, where there is nothing to do.
+Tensor dense(const Tensor& tensor) {
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
+OptionalTensor dense(const OptionalTensor& tensor) {
+  return tensor ? OptionalTensor(dense(*tensor)) : std::nullopt;
+}
 
 // A plan whose values have been checked, where they can be: on CUDA that would wait for the device.
 struct CheckedPlan {
@@ -39,7 +47,7 @@ void check_plan_shape(const char* op, const Tensor& order, const Tensor& inverse
 // Order and inverse are each other's inverse: each used row names a slot that names it, and there
 // are no more slots that name a row.
 CheckedPlan checked_plan(const char* op, const Tensor& order, const Tensor& inverse) {
-  CheckedPlan plan{contiguous(order), contiguous(inverse)};
+  CheckedPlan plan{dense(order), dense(inverse)};
   if (!order.is_cpu()) return plan;
   const int64_t *slot_of = data<int64_t>(plan.order), *row_of = data<int64_t>(plan.inverse);
   const int64_t slots = plan.tokens() * plan.slots();
@@ -119,8 +127,8 @@ Tensor permute_tokens(const Tensor& x, const OptionalTensor& weights, const Tens
   dispatch_floating(op, "x", x, [&]<class T>() {
     check_weights(op, weights, x, inverse);
     const CheckedPlan plan = checked_plan(op, order, inverse);
-    const Tensor tokens = contiguous(x);
-    const OptionalTensor w = torch_routers::contiguous(weights);
+    const Tensor tokens = dense(x);
+    const OptionalTensor w = dense(weights);
     rows = new_empty(x, {plan.max_rows(), x.size(1)});
     launch_tokens(x, Permute<T>{plan.of_width(x.size(1)), data<T>(tokens), data<Compute<T>>(w),
                                 mutable_data<T>(rows)});
@@ -139,8 +147,8 @@ Tensor combine_tokens(const Tensor& rows, const OptionalTensor& weights, const T
   dispatch_floating(op, "rows", rows, [&]<class T>() {
     check_weights(op, weights, rows, inverse);
     const CheckedPlan plan = checked_plan(op, order, inverse);
-    const Tensor r = contiguous(rows);
-    const OptionalTensor w = torch_routers::contiguous(weights);
+    const Tensor r = dense(rows);
+    const OptionalTensor w = dense(weights);
     y = new_empty(rows, {plan.tokens(), rows.size(1)});
     launch_tokens(y, Combine<T>{plan.of_width(rows.size(1)), data<T>(r), data<Compute<T>>(w),
                                 mutable_data<T>(y)});
@@ -165,8 +173,8 @@ std::tuple<Tensor, Tensor> combine_backward(const Tensor& grad, const Tensor& ro
   dispatch_floating(op, "grad", grad, [&]<class T>() {
     check_weights(op, weights, rows, inverse);
     const CheckedPlan plan = checked_plan(op, order, inverse);
-    const Tensor g = contiguous(grad), r = contiguous(rows);
-    const OptionalTensor w = torch_routers::contiguous(weights);
+    const Tensor g = dense(grad), r = dense(rows);
+    const OptionalTensor w = dense(weights);
     grad_rows = new_empty(grad, {weights ? plan.max_rows() : 0, grad.size(1)});
     grad_weights = new_empty(
         grad, {plan.tokens(), plan.slots()},

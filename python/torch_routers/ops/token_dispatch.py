@@ -47,7 +47,8 @@ def permute_tokens(x: Tensor, plan: Plan) -> Tensor:
             [1., 2.],
             [0., 0.]])
     """
-    check(x.dim() >= 1, lambda: "permute_tokens: expected x of shape [..., hidden], got []")
+    if x.dim() == 0:
+        raise ValueError("permute_tokens: expected x of shape [..., hidden], got []")
     tokens = x if x.dim() == 2 else x[None] if x.dim() == 1 else x.flatten(0, -2)
     return _permute(tokens, None, plan.order, plan.inverse)
 
@@ -80,8 +81,8 @@ def combine_tokens(rows: Tensor, weights: Tensor | None, plan: Plan) -> Tensor:
     """
     if weights is None or weights.dim() == 2:
         return _combine(rows, weights, plan.order, plan.inverse)
-    op = "combine_tokens"
-    check(weights.dim() >= 1, lambda: f"{op}: expected weights of shape [..., slots], got []")
+    if weights.dim() == 0:
+        raise ValueError("combine_tokens: expected weights of shape [..., slots], got []")
     flat = weights[None] if weights.dim() == 1 else weights.flatten(0, -2)
     y = _combine(rows, flat, plan.order, plan.inverse)
     return y.view(*weights.shape[:-1], rows.shape[-1])
