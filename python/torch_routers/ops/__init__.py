@@ -6,17 +6,20 @@ from torch_routers.ops.grouped_linear import grouped_linear
 from torch_routers.ops.limit_capacity import expert_capacity, limit_capacity
 from torch_routers.ops.plan import Plan
 from torch_routers.ops.router_losses import RouterLosses, router_losses
+from torch_routers.ops.token_dispatch import combine_tokens, permute_tokens
 
 __all__ = [
     "Plan",
     "RouterLosses",
     "Statistics",
+    "combine_tokens",
     "expert_capacity",
     "expert_plan",
     "expert_plan_from_weights",
     "gate",
     "grouped_linear",
     "limit_capacity",
+    "permute_tokens",
     "router_losses",
     "topk_gate",
     "topk_select",
