@@ -57,7 +57,7 @@ template <class Key, class KeyOf>
 __device__ Largest<Key> block_largest(std::int64_t size, std::int64_t count, const KeyOf& key_of,
                                       SelectStorage& shared) {
   int shift = 8 * sizeof(Key) - 8, index_shift = 0;
-  while (size - 1 >> index_shift >= 256) index_shift += 8;
+  while (((size - 1) >> index_shift) >= 256) index_shift += 8;
   Largest<Key> last{0, size};
   std::int64_t place = count;  // of the last one, among those that have its digits so far
 #pragma unroll 1

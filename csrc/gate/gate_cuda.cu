@@ -116,7 +116,7 @@ __global__ void __launch_bounds__(kForwardThreads<S, kPerLane>, sizeof(Compute<S
       Weigher<C> weigher(p.weighing, parts, slots, [&](int64_t) { return slot; });
       const C slot_score = weigher.score(slot);
       weigher.set_sum(warp_sum(slot_score));
-      if (has_slot) p.weights[t * p.slots + lane()] = weigher.weight(slot_score);
+      if (has_slot) p.weights[t * p.slots + lane()] = weigher.weight(slot, slot_score);
       if (slot.is_within(experts)) atomicAdd(&counts[expert], 1);
     }
     __syncthreads();
@@ -246,7 +246,7 @@ template <class S> __global__ void __launch_bounds__(kLongThreads) forward_long(
       weigher.set_sum(warp_sum(sum));
       for (int64_t j = lane(); j < p.slots; j += kWarp) {
         const Slot<C> slot = slot_at(j);
-        p.weights[t * p.slots + j] = weigher.weight(p.weights[t * p.slots + j]);
+        p.weights[t * p.slots + j] = weigher.weight(slot, p.weights[t * p.slots + j]);
         if (slot.is_within(p.experts))
           atomicAdd(reinterpret_cast<unsigned long long*>(counts + slot.expert), 1ull);
       }

@@ -7,24 +7,27 @@
 
 namespace torch_routers {
 
+// Selection alone, of any kind.
+template <class S> void gate_select_cuda(const Gate<S>&, void* stream);
+
+// Unnamed, as the types of gate_math.h that are used here.
+namespace {
+
 // Rows of up to so many experts, and no more slots than a warp has lanes, are held in registers.
 template <class S> constexpr int kMostPerLane = sizeof(Compute<S>) == 4 ? 32 : 16;
 template <class S> bool is_short(const GateShape& p) {
   return p.experts <= kMostPerLane<S> * kWarp && p.slots <= kWarp;
 }
 
-template <class Params> __device__ inline bool is_masked(const Params& p, std::int64_t token) {
+template <class Params> __device__ bool is_masked(const Params& p, std::int64_t token) {
   return p.valid && !p.valid[token];
 }
 
 // How many slots of a token are filled. Nobody has checked the values of token_top_k.
-template <class S> __device__ inline std::int64_t filled_slots(const Gate<S>& p, std::int64_t t) {
+template <class S> __device__ std::int64_t filled_slots(const Gate<S>& p, std::int64_t t) {
   const std::int64_t count = p.token_top_k ? p.token_top_k[t] : p.slots;
   return count < 0 ? 0 : smaller(count, p.slots);
 }
-
-// Selection alone, of any kind.
-template <class S> void gate_select_cuda(const Gate<S>&, void* stream);
 
 // ---- softmax and scores, by a warp -------------------------------------------------------------
 
@@ -121,7 +124,9 @@ template <class C> struct Weigher {
   // Before what follows: the sum of the slots' scores.
   __device__ void set_sum(C sum) { all = weighing.of_slots() ? C{1} : divisor(weighing, sum); }
 
-  __device__ C weight(C score) const { return weighing.scale * (score / all); }
+  __device__ C weight(const Slot<C>& slot, C score) const {
+    return slot.expert == -1 ? C{0} : weighing.scale * (score / all);
+  }
 
   // Of a slot whose weight has the gradient v: its part of a sum over the slots, `mean`, and then its
   // share in the gradient of its logit, but for what the softmax of all experts adds to each of them.
@@ -144,4 +149,5 @@ template <class S> __device__ bool by_softmax(const GateBackward<S>& p) {
          (p.weighing.score == Score::Softmax && p.grad_score_sums);
 }
 
+}  // namespace
 }  // namespace torch_routers
