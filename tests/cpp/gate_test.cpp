@@ -428,7 +428,7 @@ template <class S> void expect_bits_of_float(Isa isa) {
       for (const bool renormalize : {false, true}) {
         q.score = score;
         q.renormalize = renormalize;
-        ProblemOf<float> wide{q.tokens, q.experts, q.slots};
+        ProblemOf<float> wide{q.tokens, q.experts, q.slots, {}};
         for (const S x : q.logits) wide.logits.push_back(load(x));
         wide.valid = q.valid;
         wide.offsets = q.offsets;
