@@ -12,7 +12,9 @@ namespace torch_routers {
 constexpr int kSelectThreads = 256;  // one for each value of a digit, that is of a byte
 
 struct FoundDigit {
-  unsigned digit, above, count;  // elements with a larger digit, and with this one
+  std::int64_t place;  // among the elements with this digit
+  int digit;
+  int is_last;  // of these elements
 };
 
 struct SelectStorage {  // shared
@@ -35,7 +37,8 @@ __device__ FoundDigit block_find_digit(std::int64_t size, std::int64_t place,
   const unsigned digit = kSelectThreads - 1 - threadIdx.x, count = shared.counts[digit];
   unsigned above;
   SelectStorage::Scan(shared.scan).ExclusiveSum(count, above);
-  if (above < place && place <= std::int64_t{above} + count) shared.found = {digit, above, count};
+  if (above < place && place - above <= count)
+    shared.found = {place - above, static_cast<int>(digit), place - above == count};
   __syncthreads();
   return shared.found;
 }
@@ -70,12 +73,12 @@ __device__ Largest<Key> block_largest(std::int64_t size, std::int64_t count, con
       return takes_part ? 255 - static_cast<int>(i >> shift & 255) : -1;  // the smallest first
     };
     const FoundDigit found = block_find_digit(size, place, digit_of, shared);
-    place -= found.above;
+    place = found.place;
     if (in_key)
-      last.key |= Key{found.digit} << shift;
+      last.key |= static_cast<Key>(found.digit) << shift;
     else
-      last.index |= std::int64_t{255 - found.digit} << shift;
-    if (in_key && place == found.count) break;  // all that have its digits
+      last.index |= static_cast<std::int64_t>(255 - found.digit) << shift;
+    if (in_key && found.is_last) break;  // all that have its digits
     if (in_key && shift == 0) in_key = false, shift = index_shift + 8, last.index = 0;
   }
   return last;

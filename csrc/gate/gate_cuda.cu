@@ -1,5 +1,5 @@
-// One warp per token. Up to 1024 experts, in double 512, and 32 slots its row is in registers; beyond that it is read
-// again wherever it is needed. In the forward a thread block takes the tokens of a block of
+// One warp per token. Up to 1024 experts, in double 512, and 32 slots its row is in registers; beyond
+// that it is read again wherever it is needed. In the forward a thread block takes the tokens of a block of
 // gate_kernel.h, so that it alone writes the results of its segments. Not run on a GPU yet.
 //
 // Here, unlike on the CPU, nobody has checked the values of indices, token_top_k and group_offsets.
@@ -22,40 +22,6 @@ template <class S, int kPerLane>
 constexpr int kRows = 32768 / static_cast<int>(kWarp * kPerLane * sizeof(Compute<S>));
 template <class S, int kPerLane>
 constexpr int kForwardThreads = kWarp * (kRows<S, kPerLane> < 16 ? kRows<S, kPerLane> : 16);
-
-// ---- parts of all kernels ----------------------------------------------------------------------
-
-// The group of token `first`, and where its part of the block that ends at `past` ends. From one
-// segment to the next the group grows, whatever the offsets.
-struct Segment {
-  int64_t group, past;
-};
-template <class Params>
-__device__ Segment segment_from(const Params& p, int64_t first, int64_t past) {
-  const int64_t group = group_of(p, first);
-  return {group, group == p.groups - 1 ? past : smaller(group_end(p, group), past)};
-}
-
-template <class S> __device__ void count_tokens(const Gate<S>& p, int64_t segment, int64_t first,
-                                                int64_t past) {
-  if (warp() != 0) return;
-  int valid = 0;
-  for (int64_t t = first + lane(); t < past; t += kWarp) valid += !is_masked(p, t);
-  valid = warp_sum(valid);
-  if (lane() == 0) p.partial_tokens[segment] = valid;
-}
-
-// Writes the results of a masked token; false if it is not masked.
-template <class S> __device__ bool write_masked(const Gate<S>& p, int64_t t) {
-  if (!is_masked(p, t)) return false;
-#pragma unroll 1
-  for (int64_t j = t * p.slots + lane(); j < (t + 1) * p.slots; j += kWarp) {
-    if (p.select) p.indices[j] = -1;
-    p.weights[j] = 0;
-  }
-  if (p.lse && lane() == 0) p.lse[t] = 0;
-  return true;
-}
 
 // ---- rows that fit into registers --------------------------------------------------------------
 

@@ -128,8 +128,8 @@ template <class C> struct Weigher {
     return slot.expert == -1 ? C{0} : weighing.scale * (score / all);
   }
 
-  // Of a slot whose weight has the gradient v: its part of a sum over the slots, `mean`, and then its
-  // share in the gradient of its logit, but for what the softmax of all experts adds to each of them.
+  // Of a slot whose weight has the gradient v: its part of a sum over the slots, `mean`, and then
+  // its share in the gradient of its logit, but for what the softmax of all experts adds to each.
   __device__ C part_of_mean(C score, C v) const {
     return weighing.renormalize ? v * (score / all) : C{0};
   }
@@ -147,6 +147,41 @@ template <class C> __device__ bool by_softmax(const GateWeights<C>& p) {
 template <class S> __device__ bool by_softmax(const GateBackward<S>& p) {
   return p.grad_lse || by_softmax(p.weighing) ||
          (p.weighing.score == Score::Softmax && p.grad_score_sums);
+}
+
+// ---- forward: tokens of a thread block ---------------------------------------------------------
+
+// The group of token `first`, and where its part of the block that ends at `past` ends. From one
+// segment to the next the group grows, whatever the offsets.
+struct Segment {
+  std::int64_t group, past;
+};
+template <class Params>
+__device__ Segment segment_from(const Params& p, std::int64_t first, std::int64_t past) {
+  const std::int64_t group = group_of(p, first);
+  return {group, group == p.groups - 1 ? past : smaller(group_end(p, group), past)};
+}
+
+// How many tokens of a segment are valid, by the first warp of a block.
+template <class S> __device__ void count_tokens(const Gate<S>& p, std::int64_t segment,
+                                                std::int64_t first, std::int64_t past) {
+  if (warp() != 0) return;
+  int valid = 0;
+  for (std::int64_t t = first + lane(); t < past; t += kWarp) valid += !is_masked(p, t);
+  valid = warp_sum(valid);
+  if (lane() == 0) p.partial_tokens[segment] = valid;
+}
+
+// Writes the results of a masked token; false if it is not masked.
+template <class S> __device__ bool write_masked(const Gate<S>& p, std::int64_t t) {
+  if (!is_masked(p, t)) return false;
+#pragma unroll 1
+  for (std::int64_t j = t * p.slots + lane(); j < (t + 1) * p.slots; j += kWarp) {
+    if (p.select) p.indices[j] = -1;
+    p.weights[j] = 0;
+  }
+  if (p.lse && lane() == 0) p.lse[t] = 0;
+  return true;
 }
 
 }  // namespace

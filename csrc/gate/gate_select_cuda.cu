@@ -1,6 +1,6 @@
-// Selection by scores, with a bias, among groups of experts, or of long rows; gate_cuda.cu itself
-// selects where a warp needs its logits only. A warp per token where a row fits into registers, else
-// a block of threads, which reads it again for every byte of a key. Not run on a GPU yet.
+// Selection by scores, with a bias, among groups of experts, or of long rows; where a warp needs its
+// logits only, gate_cuda.cu selects itself. A warp per token where a row fits into registers, else a
+// block of threads, which reads it again for every byte of a key. Not run on a GPU yet.
 //
 // Indices are those of the CPU to the bit: what is compared is computed by the same operations in
 // the same order. Of the softmax that includes the sum over the row, of which only half a warp can
