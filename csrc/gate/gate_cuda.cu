@@ -1,6 +1,7 @@
-// One warp per token. Up to 1024 experts, in double 512, and 32 slots its row is in registers; beyond
-// that it is read again wherever it is needed. In the forward a thread block takes the tokens of a block of
-// gate_kernel.h, so that it alone writes the results of its segments. Not run on a GPU yet.
+// One warp per token. Up to 1024 experts, in double 512, and 32 slots its row is in registers;
+// beyond that it is read again wherever it is needed. In the forward a thread block takes the tokens
+// of a block of gate_kernel.h, so that it alone writes the results of its segments. Not run on a GPU
+// yet.
 //
 // Here, unlike on the CPU, nobody has checked the values of indices, token_top_k and group_offsets.
 // An index that is no expert's stands for an expert with the logit NaN that is counted nowhere.

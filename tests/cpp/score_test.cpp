@@ -65,7 +65,7 @@ long double exact_sqrt_softplus(long double x) {
   return std::sqrt((x > 0 ? x : 0) + std::log1p(std::exp(x < 0 ? x : -x)));
 }
 
-// The largest distance of own(x) from exact(x), for x in [first, last], where that is a normal number.
+// The largest distance of own(x) from exact(x) for x in [first, last] where that is a normal number.
 template <class T, class Own, class Exact>
 double worst_ulps(double first, double last, const Own& own, const Exact& exact) {
   double worst = 0;
