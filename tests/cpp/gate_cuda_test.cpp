@@ -353,8 +353,8 @@ INSTANTIATE_TEST_SUITE_P(
         Case{2, 1000, 8, "ties"}, Case{2, 1024, 32},
         Case{2, 1024, 4, "normal", "none", "none", true},
         // beyond what fits into registers
-        Case{66, 40, 33, "ties", "uneven", "some"}, Case{3, 64, 64, "masked"},
-        Case{9, 3, 40, "masked", "none", "none", true},
+        Case{66, 40, 33, "ties", "uneven", "some", true}, Case{3, 40, 33, "ties", "one", "some"},
+        Case{3, 64, 64, "masked"}, Case{9, 3, 40, "masked", "none", "none", true},
         Case{5, 64, 50, "normal", "none", "none", true}, Case{3, 40, 40, "nan"},
         Case{2, 1025, 8, "ties"}, Case{2, 1500, 4, "infinite", "none", "some", true}),
     testing::PrintToStringParamName());
@@ -417,7 +417,7 @@ INSTANTIATE_TEST_SUITE_P(
         Case{3, 40, 33, "ties"}, Case{3, 64, 64, "equal"}, Case{3, 257, 250, "nan"},
         Case{2, 1025, 1, "equal"}, Case{2, 1025, 1025, "ties"}, Case{2, 1500, 700, "masked"},
         Case{2, 2000, 100, "infinite", "none", "some"}, Case{3, 3000, 33},
-        with_top_k({9, 1030, 40, "ties", "none", "some"}), by({3, 1100, 40}, kSoftmax, "cancels"),
+        with_top_k({5, 1030, 40, "ties", "none", "some"}), by({3, 1100, 40}, kSoftmax, "cancels"),
         by({2, 1100, 8, "nan"}, kSigmoid, "normal"),
         by({2, 1200, 50, "ties"}, kSigmoid, "ties", 8, 3, 2),
         by({2, 2100, 8, "masked"}, kSoftmax, "none", 1050, 700, 2),
@@ -501,7 +501,7 @@ TEST(GateCuda, OffsetsThatMakeNoSense) {
     for (const Values<int64_t>& offsets :
          {Values<int64_t>{0, 100, 50, 1000, -5}, Values<int64_t>{-7, -3, -1}, Values<int64_t>{9, 9},
           Values<int64_t>{1000, 0, 64, 63, 65, 64, 3, 70}}) {
-      Inputs<float> in({70, experts, 1, "normal", "none", "some"});
+      Inputs<float> in({70, experts, 1, "normal", "none", "some", true});
       in.offsets = offsets;
       in.shape.groups = static_cast<int64_t>(offsets.size()) - 1;
       in.grad_score_sums.resize(in.shape.groups * experts);
