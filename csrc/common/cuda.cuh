@@ -84,22 +84,25 @@ template <class T, int kSize> struct alignas(kSize * sizeof(T)) Pack {
   T values[kSize];
 };
 
-// A row of at most kWarp * kPerLane elements in the registers of a warp. Each lane holds packs of
+// A row of at most kWarp * kPerLane elements in the registers of a warp, as numbers of Compute<S>;
+// in memory they are of S, or those of a row beside it of Compute<S>. Each lane holds packs of
 // neighbours; a row that starts at a multiple of a pack is moved by packs, any other by elements.
-template <class T, int kPerLane> struct WarpRow {
+template <class S, int kPerLane> struct WarpRow {
+  using C = Compute<S>;
   static constexpr int kSize = kWarp * kPerLane;
-  static constexpr int kPack = kPerLane * sizeof(T) < 16 ? kPerLane : 16 / sizeof(T);
-  T values[kPerLane];
+  static constexpr int kPack = kPerLane * sizeof(S) < 16 ? kPerLane : 16 / sizeof(S);
+  template <class T> using Move = Pack<T, kPack * sizeof(T) <= 16 ? kPack : 16 / sizeof(T)>;
+  C values[kPerLane];
 
   // Where in the row values[i] of this lane belongs: first() + offset(i), increasing in i.
   static __device__ int first() { return lane() * kPack; }
   static __host__ __device__ constexpr int offset(int i) {
     return i / kPack * kPack * kWarp + i % kPack;
   }
-  static __device__ int element(int i) { return first() + offset(i); }
 
-  static __device__ bool by_packs(const T* row, int size) {
-    return reinterpret_cast<std::uintptr_t>(row) % sizeof(Pack<T, kPack>) == 0 && size % kPack == 0;
+  template <class T> static __device__ bool by_packs(const T* row, int size) {
+    return reinterpret_cast<std::uintptr_t>(row) % sizeof(Move<T>) == 0 &&
+           size % static_cast<int>(sizeof(Move<T>) / sizeof(T)) == 0;
   }
 
   // Addresses and bounds are those of values[0] and constants: an array of them would be held in
@@ -107,58 +110,56 @@ template <class T, int kPerLane> struct WarpRow {
   template <class Element> static __device__ Element* own(Element* row) { return row + first(); }
   static __device__ bool has(int i, int size) { return offset(i) < size - first(); }
 
-  __device__ void fill(T value) {
+  __device__ void fill(C value) {
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) values[i] = value;
   }
 
   // The elements past `size` become `beyond`.
-  __device__ void load(const T* row, int size, T beyond) {
+  template <class T> __device__ void load(const T* row, int size, C beyond) {
+    constexpr int kMoved = sizeof(Move<T>) / sizeof(T);
     fill(beyond);
     if (by_packs(row, size)) {
 #pragma unroll
-      for (int i = 0; i < kPerLane; i += kPack)
+      for (int i = 0; i < kPerLane; i += kMoved)
         if (has(i, size)) {
-          const auto pack = *reinterpret_cast<const Pack<T, kPack>*>(own(row) + offset(i));
+          const auto pack = *reinterpret_cast<const Move<T>*>(own(row) + offset(i));
 #pragma unroll
-          for (int j = 0; j < kPack; ++j) values[i + j] = pack.values[j];
+          for (int j = 0; j < kMoved; ++j) values[i + j] = torch_routers::load(pack.values[j]);
         }
     } else {
 #pragma unroll
       for (int i = 0; i < kPerLane; ++i)
-        if (has(i, size)) values[i] = own(row)[offset(i)];
+        if (has(i, size)) values[i] = torch_routers::load(own(row)[offset(i)]);
     }
   }
 
-  __device__ void store(T* row, int size) const {
+  template <class T> __device__ void store(T* row, int size) const {
+    constexpr int kMoved = sizeof(Move<T>) / sizeof(T);
     if (by_packs(row, size)) {
 #pragma unroll
-      for (int i = 0; i < kPerLane; i += kPack)
+      for (int i = 0; i < kPerLane; i += kMoved)
         if (has(i, size)) {
-          Pack<T, kPack> pack;
+          Move<T> pack;
 #pragma unroll
-          for (int j = 0; j < kPack; ++j) pack.values[j] = values[i + j];
-          *reinterpret_cast<Pack<T, kPack>*>(own(row) + offset(i)) = pack;
+          for (int j = 0; j < kMoved; ++j) torch_routers::store(&pack.values[j], values[i + j]);
+          *reinterpret_cast<Move<T>*>(own(row) + offset(i)) = pack;
         }
     } else {
 #pragma unroll
       for (int i = 0; i < kPerLane; ++i)
-        if (has(i, size)) own(row)[offset(i)] = values[i];
+        if (has(i, size)) torch_routers::store(own(row) + offset(i), values[i]);
     }
   }
 };
 
-// In lane j the element of the j-th largest value of a row, followed by -infinity, of at least
-// `count` elements; order of values: common/score.h.
-template <class T, int kPerLane>
-__device__ int warp_select(const WarpRow<T, kPerLane>& row, int count) {
-  using Row = WarpRow<T, kPerLane>;
-  Bits<T> keys[kPerLane], largest = 0;
+// In lane j < count the element of the j-th largest key of a row, in the others -1. Of equal keys
+// the lower element comes first. The key 0 stands for none; at least `count` are not 0.
+template <class Row, class Key, int kPerLane>
+__device__ int warp_select(Key (&keys)[kPerLane], int count) {
+  Key largest = 0;
 #pragma unroll
-  for (int i = 0; i < kPerLane; ++i) {
-    keys[i] = rank_key(row.values[i]);
-    largest = max(largest, keys[i]);
-  }
+  for (int i = 0; i < kPerLane; ++i) largest = max(largest, keys[i]);
   int selected = -1;
   for (int j = 0; j < count; ++j) {
     largest = warp_max(largest);
@@ -176,31 +177,6 @@ __device__ int warp_select(const WarpRow<T, kPerLane>& row, int count) {
     }
   }
   return selected;
-}
-
-// The same of a row of any length; lane j % 32 writes selected[j]. The row is read again for every
-// j: the next one is the largest of those that rank after the last one.
-template <class T>
-__device__ void warp_select(const T* row, std::int64_t size, std::int64_t count,
-                            std::int64_t* selected) {
-  Bits<T> last = ~Bits<T>{0};
-  std::uint32_t after_last = 0;
-  for (std::int64_t j = 0; j < count; ++j) {
-    Bits<T> largest = 0;
-    std::uint32_t best = ~0u;
-    for (std::uint32_t i = lane(); i < size; i += kWarp) {
-      const Bits<T> key = rank_key(row[i]);
-      const bool open = key < last || (key == last && i >= after_last);
-      if (open && key > largest) {
-        largest = key;
-        best = i;
-      }
-    }
-    last = warp_max(largest);
-    best = warp_min(largest == last ? best : ~0u);
-    after_last = best + 1;
-    if (lane() == j % kWarp) selected[j] = best;
-  }
 }
 
 }  // namespace torch_routers

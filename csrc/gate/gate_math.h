@@ -41,6 +41,12 @@ template <class T> TORCH_ROUTERS_HOST_DEVICE static inline T inverse_or_zero(T x
   return x == 0 ? T{0} : T{1} / x;
 }
 
+// What the scores of a token's slots, whose sum is `sum`, are divided by.
+template <class C>
+TORCH_ROUTERS_HOST_DEVICE static inline C divisor(const GateWeights<C>& p, C sum) {
+  return p.renormalize && sum + p.epsilon != 0 ? sum + p.epsilon : 1;
+}
+
 // The sum of the `count` largest of value(0) ... value(size - 1), largest first.
 template <class Value>
 TORCH_ROUTERS_HOST_DEVICE static inline auto sum_of_largest(std::int64_t size, std::int64_t count,
@@ -51,13 +57,15 @@ TORCH_ROUTERS_HOST_DEVICE static inline auto sum_of_largest(std::int64_t size, s
   std::int64_t at = -1;  // of the last one added
   for (std::int64_t j = 0; j < count; ++j) {
     Bits<T> best = 0;
+    T best_value = 0;
     std::int64_t best_at = -1;
     for (std::int64_t i = 0; i < size; ++i) {
-      const Bits<T> key = rank_key(value(i));
+      const T candidate = value(i);
+      const Bits<T> key = rank_key(candidate);
       const bool is_left = at < 0 || key < last || (key == last && i > at);
-      if (is_left && key > best) best = key, best_at = i;
+      if (is_left && key > best) best = key, best_value = candidate, best_at = i;
     }
-    sum += value(best_at);
+    sum += best_value;
     last = best, at = best_at;
   }
   return sum;

@@ -87,11 +87,6 @@ Softmax<C> softmax_of_slots(const C* x, const int64_t* indices, int64_t slots, C
   return parts;
 }
 
-// What the scores of a token's slots, whose sum is `sum`, are divided by.
-template <class C> C divisor(const GateWeights<C>& p, C sum) {
-  return p.renormalize && sum + p.epsilon != 0 ? sum + p.epsilon : 1;
-}
-
 // ---- forward -----------------------------------------------------------------------------------
 
 template <Score kScore, class S>

@@ -1,10 +1,12 @@
-// exp, log and the order of logits, against the C library in a wider type.
+// exp, log, scores and the order of logits, against the C library in a wider type.
 #include "common/score.h"
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
+#include <utility>
 #include <vector>
 
 namespace torch_routers {
@@ -56,6 +58,68 @@ TEST(Score, LogIsWithinTwoUnits) {
   EXPECT_EQ(own_log(std::numeric_limits<double>::infinity()),
             std::numeric_limits<double>::infinity());
   EXPECT_TRUE(std::isnan(own_log(std::numeric_limits<double>::quiet_NaN())));
+}
+
+long double exact_sigmoid(long double x) { return 1 / (1 + std::exp(-x)); }
+long double exact_sqrt_softplus(long double x) {
+  return std::sqrt((x > 0 ? x : 0) + std::log1p(std::exp(x < 0 ? x : -x)));
+}
+
+// The largest distance of own(x) from exact(x) for x in [first, last] where that is a normal number.
+template <class T, class Own, class Exact>
+double worst_ulps(double first, double last, const Own& own, const Exact& exact) {
+  double worst = 0;
+  for (double x = first; x <= last; x += (last - first) / 300007) {
+    const T argument = static_cast<T>(x);
+    const long double value = exact(static_cast<long double>(argument));
+    if (value >= std::numeric_limits<T>::min()) worst = std::max(worst, ulps(own(argument), value));
+  }
+  return worst;
+}
+
+TYPED_TEST(Score, Log1pIsWithinFourUnits) {
+  using T = TypeParam;
+  const auto own = [](T u) { return own_log1p(u); };
+  const auto exact = [](long double u) { return std::log1p(u); };
+  EXPECT_LE((worst_ulps<T>(0, 1, own, exact)), 4);
+  EXPECT_LE((worst_ulps<T>(0, 1e-6, own, exact)), 4);
+  EXPECT_EQ(own_log1p(T{0}), T{0});
+}
+
+TYPED_TEST(Score, ScoresAndTheirSlopesAreWithinFourUnits) {
+  using T = TypeParam;
+  const double lowest = 2 * std::log(std::numeric_limits<T>::min());
+  for (const auto& [first, last] :
+       {std::pair(lowest, 200.0), std::pair(-50.0, 50.0), std::pair(-1.0, 1.0)}) {
+    SCOPED_TRACE(first);
+    EXPECT_LE((worst_ulps<T>(first, last, [](T x) { return sigmoid(x); }, exact_sigmoid)), 4);
+    EXPECT_LE((worst_ulps<T>(
+                  first, last, [](T x) { return sigmoid_slope(x); },
+                  [](long double x) { return exact_sigmoid(x) * exact_sigmoid(-x); })),
+              4);
+    EXPECT_LE(
+        (worst_ulps<T>(first, last, [](T x) { return sqrt_softplus(x); }, exact_sqrt_softplus)), 4);
+    EXPECT_LE((worst_ulps<T>(
+                  first, last, [](T x) { return sqrt_softplus_slope(x); },
+                  [](long double x) { return exact_sigmoid(x) / (2 * exact_sqrt_softplus(x)); })),
+              4);
+  }
+}
+
+TYPED_TEST(Score, ScoresOfWhatIsNoOrdinaryNumber) {
+  using T = TypeParam;
+  constexpr T kInfinity = std::numeric_limits<T>::infinity(),
+              kNan = std::numeric_limits<T>::quiet_NaN();
+  EXPECT_EQ(sigmoid(-kInfinity), T{0});
+  EXPECT_EQ(sigmoid(kInfinity), T{1});
+  EXPECT_EQ(sqrt_softplus(-kInfinity), T{0});
+  EXPECT_EQ(sqrt_softplus(kInfinity), kInfinity);
+  for (const T x : {-kInfinity, kInfinity}) {
+    EXPECT_EQ(sigmoid_slope(x), T{0});
+    EXPECT_EQ(sqrt_softplus_slope(x), T{0});
+  }
+  EXPECT_TRUE(std::isnan(sigmoid(kNan)) && std::isnan(sigmoid_slope(kNan)));
+  EXPECT_TRUE(std::isnan(sqrt_softplus(kNan)) && std::isnan(sqrt_softplus_slope(kNan)));
 }
 
 TYPED_TEST(Score, KeysRankAsLogitsDo) {
