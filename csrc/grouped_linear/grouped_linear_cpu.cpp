@@ -76,6 +76,27 @@ template <class T> inline Block<Compute<T>> load_block(const T* from, int64_t si
   return load_block(padded);
 }
 
+inline void store_part(float* to, Vector<float> v) { __builtin_memcpy(to, &v, sizeof v); }
+inline void store_part(double* to, Vector<double> v) { __builtin_memcpy(to, &v, sizeof v); }
+template <class T> inline void store_part(T* to, Vector<float> v) {
+  for (int l = 0; l < VectorOf<float>::kSize; ++l) store(to + l, v[l]);
+}
+
+template <class T> inline void store_block(T* to, const Block<Compute<T>>& block) {
+  for (int p = 0; p < kParts; ++p) store_part(to + p * VectorOf<Compute<T>>::kSize, block.part[p]);
+}
+
+// Its first `size` elements.
+template <class T> inline void store_block(T* to, const Block<Compute<T>>& block, int64_t size) {
+  T all[kBlockSize<T>];
+  store_block(all, block);
+  for (int64_t i = 0; i < size; ++i) to[i] = all[i];
+}
+
+template <class C> inline void add(Block<C>& to, const Block<C>& block) {
+  for (int p = 0; p < kParts; ++p) to.part[p] += block.part[p];
+}
+
 // ---- dot ---------------------------------------------------------------------------------------
 
 // The two-source shuffles that pair the halves of running sums: of groups of 2 * half lanes the
@@ -135,11 +156,12 @@ inline void dot_tile(const T* x, int64_t x_stride, const T* w, int64_t w_stride,
     v[n] = block.part[0];
   }
   sum_lanes<count, kSize / 2, C>(v);
-  C results[count > kSize ? count : kSize];
+  C results[count > kSize ? count : kSize], offset[columns];
   for (int n = 0; n * kSize < count; ++n) __builtin_memcpy(results + n * kSize, &v[n], sizeof v[n]);
+  for (int j = 0; j < columns; ++j) offset[j] = bias ? load(bias[j]) : C{0};
   for (int i = 0; i < rows; ++i)
     for (int j = 0; j < columns; ++j)
-      store(y + i * y_stride + j, results[i * columns + j] + (bias ? load(bias[j]) : C{0}));
+      store(y + i * y_stride + j, results[i * columns + j] + offset[j]);
 }
 
 // The outputs [begin, end) of `rows` rows. A few rows of the weight stay in the cache while all rows
@@ -173,38 +195,47 @@ inline void broadcast_tile(const T* a, int64_t a_row, int64_t a_term, const T* b
                            int64_t depth, const T* bias, T* c, int64_t c_row, int64_t size) {
   using C = Compute<T>;
   constexpr int kSize = kBlockSize<T>;
-  const bool partial = size < kSize;
-  Block<C> total[rows][blocks] = {};
-  for (int64_t begin = 0; begin < depth; begin += kDepth) {
-    const int64_t end = begin + kDepth < depth ? begin + kDepth : depth;
-    Block<C> sum[rows][blocks] = {};
-    const auto add = [&](int64_t k, const auto& load) {
+  const auto sum_of = [&](int64_t begin, int64_t end, Block<C>(&sum)[rows][blocks]) {
+    const auto add_term = [&](int64_t k, const auto& load_terms) {
       Block<C> terms[blocks];
 #pragma GCC unroll 4
-      for (int j = 0; j < blocks; ++j) terms[j] = load(b + k * b_term + j * kSize);
+      for (int j = 0; j < blocks; ++j) terms[j] = load_terms(b + k * b_term + j * kSize);
 #pragma GCC unroll 4
       for (int i = 0; i < rows; ++i) {
-        const C factor = torch_routers::load(a[i * a_row + k * a_term]);
+        const C factor = load(a[i * a_row + k * a_term]);
 #pragma GCC unroll 4
         for (int j = 0; j < blocks; ++j)
 #pragma GCC unroll 4
           for (int p = 0; p < kParts; ++p) sum[i][j].part[p] += factor * terms[j].part[p];
       }
     };
-    if (blocks == 1 && partial)
-      for (int64_t k = begin; k < end; ++k)
-        add(k, [&](const T* from) { return load_block(from, size); });
-    else
-      for (int64_t k = begin; k < end; ++k) add(k, [&](const T* from) { return load_block(from); });
+    int64_t k = begin;
+    if (blocks == 1 && size < kSize)
+      for (; k < end; ++k) add_term(k, [&](const T* from) { return load_block(from, size); });
+    for (; k < end; ++k) add_term(k, [&](const T* from) { return load_block(from); });
+  };
+  Block<C> total[rows][blocks] = {};
+  sum_of(0, depth < kDepth ? depth : kDepth, total);
+  for (int64_t begin = kDepth; begin < depth; begin += kDepth) {
+    Block<C> sum[rows][blocks] = {};
+    sum_of(begin, depth - begin < kDepth ? depth : begin + kDepth, sum);
     for (int i = 0; i < rows; ++i)
-      for (int j = 0; j < blocks; ++j)
-        for (int p = 0; p < kParts; ++p) total[i][j].part[p] += sum[i][j].part[p];
+      for (int j = 0; j < blocks; ++j) add(total[i][j], sum[i][j]);
   }
-  for (int i = 0; i < rows; ++i) {
-    C row[blocks * kSize];
-    __builtin_memcpy(row, total[i], sizeof row);
-    for (int64_t j = 0; j < (blocks - 1) * kSize + size; ++j)
-      store(c + i * c_row + j, row[j] + (bias ? load(bias[j]) : C{0}));
+#pragma GCC unroll 4
+  for (int j = 0; j < blocks; ++j) {
+    const bool whole = blocks > 1 || size == kSize;
+    Block<C> offset = {};
+    if (bias) offset = whole ? load_block(bias + j * kSize) : load_block(bias, size);
+#pragma GCC unroll 4
+    for (int i = 0; i < rows; ++i) {
+      T* to = c + i * c_row + j * kSize;
+      add(total[i][j], offset);
+      if (whole)
+        store_block(to, total[i][j]);
+      else
+        store_block(to, total[i][j], size);
+    }
   }
 }
 
@@ -246,9 +277,11 @@ void grouped(const GroupedLinear<T>& p, int64_t group, int64_t begin, int64_t en
 template <class T>
 void grouped(const GroupedOuter<T>& p, int64_t group, int64_t begin, int64_t end) {
   const int64_t first = p.offsets[group], rows = p.offsets[group + 1] - first;
-  broadcast<T>(p.y + first * p.y_stride + begin, 1, p.y_stride, end - begin,
-               p.x + first * p.x_stride, p.x_stride, rows, nullptr,
-               p.result + (group * p.outputs + begin) * p.inputs, p.inputs, p.inputs);
+  // A few outputs at a time, over all inputs: the result, not the rows, is what fills the memory.
+  for (int64_t o = begin; o < end; o += kTileRows)
+    broadcast<T>(p.y + first * p.y_stride + o, 1, p.y_stride,
+                 end - o < kTileRows ? end - o : kTileRows, p.x + first * p.x_stride, p.x_stride,
+                 rows, nullptr, p.result + (group * p.outputs + o) * p.inputs, p.inputs, p.inputs);
 }
 
 #define TORCH_ROUTERS_INSTANTIATE(T)                                             \
