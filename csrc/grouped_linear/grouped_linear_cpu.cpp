@@ -33,7 +33,8 @@ template <class C> struct Block {
 };
 template <class T> constexpr int kBlockSize = kBlockBytes / sizeof(Compute<T>);
 
-// kVectorBytes of a narrower type, as Compute<T>.
+// Numbers as they are stored, from and to vectors of Compute<T>.
+typedef std::uint16_t HalfBits __attribute__((vector_size(kVectorBytes / 2)));
 inline Vector<float> load_part(const float* from) {
   Vector<float> v;
   __builtin_memcpy(&v, from, sizeof v);
@@ -45,8 +46,7 @@ inline Vector<double> load_part(const double* from) {
   return v;
 }
 template <class T> inline Vector<std::uint32_t> load_bits(const T* from) {
-  typedef std::uint16_t Half __attribute__((vector_size(kVectorBytes / 2)));
-  Half bits;
+  HalfBits bits;
   __builtin_memcpy(&bits, from, sizeof bits);
   return __builtin_convertvector(bits, Vector<std::uint32_t>);
 }
@@ -78,8 +78,24 @@ template <class T> inline Block<Compute<T>> load_block(const T* from, int64_t si
 
 inline void store_part(float* to, Vector<float> v) { __builtin_memcpy(to, &v, sizeof v); }
 inline void store_part(double* to, Vector<double> v) { __builtin_memcpy(to, &v, sizeof v); }
-template <class T> inline void store_part(T* to, Vector<float> v) {
-  for (int l = 0; l < VectorOf<float>::kSize; ++l) store(to + l, v[l]);
+inline void store_bits(void* to, Vector<std::uint32_t> bits) {
+  const auto half = __builtin_convertvector(bits, HalfBits);
+  __builtin_memcpy(to, &half, sizeof half);
+}
+inline void store_part(BFloat16* to, Vector<float> v) {  // the formula of store(), as below
+  const auto bits = reinterpret_cast<Vector<std::uint32_t>>(v);
+  const auto rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+  store_bits(to, v != v ? 0x7fc0u : rounded);
+}
+inline void store_part(Float16* to, Vector<float> v) {
+  const auto bits = reinterpret_cast<Vector<std::uint32_t>>(v);
+  const auto magnitude = bits & 0x7fffffffu;
+  const auto shifted = reinterpret_cast<Vector<float>>(magnitude) + 0.5f;
+  const auto small = reinterpret_cast<Vector<std::uint32_t>>(shifted) - 0x3f000000u;
+  const auto normal = (magnitude - (112u << 23) + 0xfffu + (magnitude >> 13 & 1u)) >> 13;
+  const auto finite = magnitude < 0x38800000u ? small : normal;
+  const auto number = magnitude >= 0x477ff000u ? 0x7c00u : finite;
+  store_bits(to, (bits >> 16 & 0x8000u) | (magnitude > 0x7f800000u ? 0x7e00u : number));
 }
 
 template <class T> inline void store_block(T* to, const Block<Compute<T>>& block) {

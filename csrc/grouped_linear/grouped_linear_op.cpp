@@ -113,18 +113,33 @@ Tensor dense_weight(const Tensor& weight) {
 
 // ---- on the CPU --------------------------------------------------------------------------------
 
-// Up to how many rows of a group the own kernel is faster than torch's product.
-template <class T> constexpr int64_t kFewRows = 16;
+// Where the kernels here were measured to be faster than torch's product: for few rows, and for so
+// few multiplications that the call is what takes the time.
+constexpr int64_t kFewMultiplications = 1 << 18;
+template <class T> constexpr int64_t kFewRows = 8;
+template <> constexpr int64_t kFewRows<double> = 32;
+template <> constexpr int64_t kFewRows<BFloat16> = 1;
 
-bool is_native(Engine engine, int64_t rows, int64_t few) {
-  return engine == Engine::Native || (engine == Engine::Automatic && rows <= few);
+// torch's product of float16 is a slow one where the processor cannot multiply it.
+bool multiplies_float16() {
+#if defined(__x86_64__)
+  return __builtin_cpu_supports("avx512fp16");
+#else
+  return true;
+#endif
+}
+
+template <class T> bool is_native(Engine engine, int64_t rows, int64_t in, int64_t out) {
+  if (engine != Engine::Automatic) return engine == Engine::Native;
+  if (std::is_same_v<T, Float16> && !multiplies_float16()) return true;
+  return rows <= kFewRows<T> || rows * in * out <= kFewMultiplications;
 }
 
 template <class T>
 void linear(const GroupedLinear<T>& p, const Tensor& y, const Tensor& offsets, Engine engine) {
   for_each_group(y, offsets, p.outputs, p.inputs, 0, [&](int64_t g, int64_t begin, int64_t end) {
     const int64_t first = p.offsets[g], rows = p.offsets[g + 1] - first;
-    if (is_native(engine, rows, kFewRows<T>)) return grouped_cpu(p, g, begin, end);
+    if (is_native<T>(engine, rows, p.inputs, p.outputs)) return grouped_cpu(p, g, begin, end);
     T* out = p.y + first * p.outputs + begin;
     const T* bias = p.bias ? p.bias + g * p.outputs : nullptr;
     for (int64_t n = 0; bias && n < rows; ++n)
@@ -142,7 +157,8 @@ void outer(const GroupedOuter<T>& p, const Tensor& result, const Tensor& offsets
   for_each_group(
       result, offsets, p.outputs, p.inputs, 1, [&](int64_t g, int64_t begin, int64_t end) {
         const int64_t first = p.offsets[g], rows = p.offsets[g + 1] - first;
-        if (rows == 0 || is_native(engine, rows, kFewRows<T>)) return grouped_cpu(p, g, begin, end);
+        if (rows == 0 || is_native<T>(engine, rows, p.inputs, p.outputs))
+          return grouped_cpu(p, g, begin, end);
         product(matrix(result, p.result + (g * p.outputs + begin) * p.inputs, end - begin, p.inputs,
                        p.inputs, 1),
                 matrix(result, p.y + first * p.y_stride + begin, end - begin, rows, 1, p.y_stride),
