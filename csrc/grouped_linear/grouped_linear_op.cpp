@@ -254,7 +254,7 @@ Tensor grouped_outer(const Tensor& y, const Tensor& x, const Tensor& offsets, co
       needs_host(x, engine) ? std::optional(host_offsets(op, offsets, x.size(0))) : std::nullopt;
   const auto sizes = {offsets.size(0) - 1, y.size(1), x.size(1)};
   if (x.size(0) == 0) return torch::stable::new_zeros(x, sizes);
-  if (engine == Engine::GroupedMm) return grouped_mm(transpose(y, 0, 1), x, offsets);
+  if (engine == Engine::GroupedMm) return grouped_mm(transpose(aligned(y), 0, 1), x, offsets);
   if (!x.is_cpu()) return mm_outer(y, x, *host);
   const Tensor result = torch::stable::new_empty(x, sizes);
   dispatch_floating(op, "x", x, [&]<class T> { outer<T>(y, x, *host, engine, result); });
