@@ -62,6 +62,22 @@ def test_forward_mode(engine):
     assert_close(actual, expected)
 
 
+@pytest.mark.parametrize("x", [
+    torch.randn(1, 33)[:, :32], torch.randn(65)[1:33][None], torch.randn(3, 33)[:, 1:],
+    torch.randn(32, 3).t(), torch.randn(1, 32).expand(3, 32),
+])  # fmt: skip
+@pytest.mark.parametrize("engine", ENGINES)
+def test_every_engine_takes_every_layout(engine, x):
+    offsets = torch.tensor([0, len(x)])
+    for weight in (
+        torch.randn(1, 8, 33)[..., 1:],
+        torch.randn(1, 32, 8).mT,
+        torch.randn(32, 8, 1).permute(2, 1, 0),
+    ):
+        y = grouped_linear(x, weight, offsets, engine=engine)
+        assert_close(y, x @ weight[0].t(), rtol=0, atol=1e-5)
+
+
 def test_every_expert_has_the_engine_for_its_rows():
     """The rows of an expert decide for it alone: those of others change no bit of it."""
     x, weight = torch.randn(404, 128), torch.randn(2, 256, 128)

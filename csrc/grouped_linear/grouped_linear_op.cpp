@@ -116,9 +116,12 @@ Tensor dense_weight(const Tensor& weight) {
 // Where the kernels here were measured to be faster than torch's product: for few rows, and for so
 // few multiplications that the call is what takes the time.
 constexpr int64_t kFewMultiplications = 1 << 18;
-template <class T> constexpr int64_t kFewRows = 8;
-template <> constexpr int64_t kFewRows<double> = 32;
-template <> constexpr int64_t kFewRows<BFloat16> = 1;
+struct FewRows {
+  int64_t linear, transposed, outer;
+};
+template <class T> constexpr FewRows kFewRows{32, 4, 16};
+template <> constexpr FewRows kFewRows<double>{32, 32, 32};
+template <> constexpr FewRows kFewRows<BFloat16>{1, 1, 0};
 
 // torch's product of float16 is a slow one where the processor cannot multiply it.
 bool multiplies_float16() {
@@ -129,17 +132,19 @@ bool multiplies_float16() {
 #endif
 }
 
-template <class T> bool is_native(Engine engine, int64_t rows, int64_t in, int64_t out) {
+template <class T>
+bool is_native(Engine engine, int64_t few, int64_t rows, int64_t in, int64_t out) {
   if (engine != Engine::Automatic) return engine == Engine::Native;
   if (std::is_same_v<T, Float16> && !multiplies_float16()) return true;
-  return rows <= kFewRows<T> || rows * in * out <= kFewMultiplications;
+  return rows <= few || rows * in * out <= kFewMultiplications;
 }
 
 template <class T>
 void linear(const GroupedLinear<T>& p, const Tensor& y, const Tensor& offsets, Engine engine) {
+  const int64_t few = p.weight_input == 1 ? kFewRows<T>.linear : kFewRows<T>.transposed;
   for_each_group(y, offsets, p.outputs, p.inputs, 0, [&](int64_t g, int64_t begin, int64_t end) {
     const int64_t first = p.offsets[g], rows = p.offsets[g + 1] - first;
-    if (is_native<T>(engine, rows, p.inputs, p.outputs)) return grouped_cpu(p, g, begin, end);
+    if (is_native<T>(engine, few, rows, p.inputs, p.outputs)) return grouped_cpu(p, g, begin, end);
     T* out = p.y + first * p.outputs + begin;
     const T* bias = p.bias ? p.bias + g * p.outputs : nullptr;
     for (int64_t n = 0; bias && n < rows; ++n)
@@ -157,7 +162,7 @@ void outer(const GroupedOuter<T>& p, const Tensor& result, const Tensor& offsets
   for_each_group(
       result, offsets, p.outputs, p.inputs, 1, [&](int64_t g, int64_t begin, int64_t end) {
         const int64_t first = p.offsets[g], rows = p.offsets[g + 1] - first;
-        if (rows == 0 || is_native<T>(engine, rows, p.inputs, p.outputs))
+        if (rows == 0 || is_native<T>(engine, kFewRows<T>.outer, rows, p.inputs, p.outputs))
           return grouped_cpu(p, g, begin, end);
         product(matrix(result, p.result + (g * p.outputs + begin) * p.inputs, end - begin, p.inputs,
                        p.inputs, 1),

@@ -96,12 +96,12 @@ inline Tensor aligned(const Tensor& tensor) {
     return strides[dense] == 1 && strides[other] >= sizes[dense] &&
            is_aligned(tensor, strides[other]);
   };
-  const auto address = [](const Tensor& t) {
-    return reinterpret_cast<std::uintptr_t>(t.const_data_ptr()) % kAlignment;
-  };
-  if ((fits(last, last - 1) || fits(last - 1, last)) && !address(tensor)) return tensor;
-  const Tensor dense = torch::stable::contiguous(tensor);
-  return address(dense) ? torch::stable::clone(dense) : dense;
+  const auto address = reinterpret_cast<std::uintptr_t>(tensor.const_data_ptr());
+  if ((fits(last, last - 1) || fits(last - 1, last)) && address % kAlignment == 0) return tensor;
+  Tensor copy =
+      torch::stable::new_empty(tensor, sizes);  // contiguous() keeps odd strides of one row
+  torch::stable::copy_(copy, tensor);
+  return copy;
 }
 
 // The rows of each group times its own b; or, if b has rows too, a product per group.
