@@ -126,15 +126,4 @@ TEST(TopkGateOp, SaysWhatIsWrong) {
   EXPECT_EQ(said(x, 2, options), "topk_gate: expected token_top_k in [0, top_k=2], got 3");
 }
 
-TEST(GroupedLinearOp, MatchesAten) {
-  const auto op = c10::Dispatcher::singleton()
-                      .findSchemaOrThrow("torch_routers::grouped_linear", "")
-                      .typed<Tensor(const Tensor&, const Tensor&, const Tensor&)>();
-  const Tensor x = at::randn({6, 4}), weight = at::randn({2, 3, 4});
-  const Tensor y = op.call(x, weight, at::tensor({0, 2, 5}, at::kLong));
-  EXPECT_TRUE(at::allclose(y.slice(0, 0, 2), x.slice(0, 0, 2).matmul(weight[0].t())));
-  EXPECT_TRUE(at::allclose(y.slice(0, 2, 5), x.slice(0, 2, 5).matmul(weight[1].t())));
-  EXPECT_TRUE(at::equal(y[5], at::zeros({3})));
-}
-
 }  // namespace
