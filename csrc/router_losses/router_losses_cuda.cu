@@ -96,7 +96,7 @@ template <class T> __global__ void __launch_bounds__(kThreads) squares(LseSquare
   if (threadIdx.x == 0) p.squares[blockIdx.x] = sum;
 }
 
-template <class T> __global__ void __launch_bounds__(kThreads) losses(RouterLosses<T> p) {
+template <class T> __global__ void __launch_bounds__(kThreads, 1) losses(RouterLosses<T> p) {
   __shared__ double parts[kWarps];
   const Common all = common(p, parts);
   const double of_balance = p.counts ? balance(p, all, parts) : 0;
@@ -110,14 +110,15 @@ template <class T> __global__ void __launch_bounds__(kThreads) losses(RouterLoss
                  p.importance ? all.importance.value() : 0);
 }
 
-template <class T> __global__ void __launch_bounds__(kThreads) slopes(RouterLosses<T> p) {
+template <class T> __global__ void __launch_bounds__(kThreads, 1) slopes(RouterLosses<T> p) {
   __shared__ double parts[kWarps];
   const Common all = common(p, parts);
   if (threadIdx.x == 0) *p.lse_slope = 2 * p.z_weight / at_least_one(all.tokens);
   for (int64_t set = warp(); p.score_sums && set < p.sets(); set += kWarps) {
     const double scale = p.counts ? p.balance_weight * balance_scale(p, set, all) : 0;
-    for (int64_t e = lane(); e < p.experts; e += kWarp)
-      p.slopes[set * p.experts + e] = p.counts ? scale * count(p, set, e) : 0;
+    for (int64_t first = 0; first < p.experts; first += kWarp)  // the same turns for all lanes
+      if (const int64_t e = first + lane(); e < p.experts)
+        p.slopes[set * p.experts + e] = p.counts ? scale * count(p, set, e) : 0;
   }
   if (!p.importance) return;
   __syncthreads();  // the slopes of other warps are there

@@ -22,6 +22,7 @@
 #include <cstdint>
 
 #include "common/isa.h"
+#include "common/scalar.h"
 
 namespace torch_routers {
 
@@ -30,10 +31,14 @@ struct RouterLossesShape {
   bool per_group;
   static constexpr std::int64_t kBlock = 4096;
 
-  constexpr std::int64_t blocks() const { return (tokens + kBlock - 1) / kBlock; }
+  TORCH_ROUTERS_HOST_DEVICE constexpr std::int64_t blocks() const {
+    return (tokens + kBlock - 1) / kBlock;
+  }
   // The sets of groups of which the balance loss is taken.
-  constexpr std::int64_t sets() const { return per_group ? groups : 1; }
-  constexpr std::int64_t groups_per_set() const { return per_group ? 1 : groups; }
+  TORCH_ROUTERS_HOST_DEVICE constexpr std::int64_t sets() const { return per_group ? groups : 1; }
+  TORCH_ROUTERS_HOST_DEVICE constexpr std::int64_t groups_per_set() const {
+    return per_group ? 1 : groups;
+  }
 };
 
 template <class T> struct LseSquares : RouterLossesShape {
