@@ -72,6 +72,16 @@ def test_room_for_all_changes_nothing(policy):
     assert not {x.data_ptr() for x in new} & {x.data_ptr() for x in plan}
 
 
+def test_a_plan_may_have_gaps_in_memory():
+    plan = plan_of(drawn(40, 3, EXPERTS), EXPERTS)
+    apart = [torch.stack([x, x - 9], -1) for x in plan[:4]]
+    apart = type(plan)(*(x[..., 0] for x in apart), plan.dropped)
+    transposed = apart._replace(inverse=plan.inverse.t().contiguous().t())
+    for other in apart, transposed:
+        assert not other.inverse.is_contiguous()
+        assert same(ops.limit_capacity(other, 5), ops.limit_capacity(plan, 5))
+
+
 @pytest.mark.parametrize("policy", POLICIES)
 def test_limiting_twice_is_limiting_once(policy):
     indices = drawn(40, 3, EXPERTS)

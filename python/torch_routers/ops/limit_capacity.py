@@ -85,6 +85,9 @@ def limit_capacity(
         )
     device = plan.order.device
     if not isinstance(capacity, Tensor):
+        if not isinstance(capacity, (int, torch.SymInt)):
+            said = f"limit_capacity: expected capacity as an int or a tensor, got {capacity}"
+            raise ValueError(said)
         if capacity < 0:
             raise ValueError(f"limit_capacity: expected capacity >= 0, got {capacity}")
         groups = 1 if group_offsets is None else max(0, group_offsets.numel() - 1)
@@ -92,6 +95,8 @@ def limit_capacity(
     scores = {"weight": weights, "priority": priority}.get(policy)
     random = policy == "random"
     if random and not isinstance(seed, Tensor):
+        if not -(2**63) <= seed < 2**63:
+            raise ValueError(f"limit_capacity: expected seed in [-2^63, 2^63), got {seed}")
         seed = torch.full((), seed, dtype=torch.int64, device=device)
     new = _op(
         plan.order,
@@ -100,7 +105,7 @@ def limit_capacity(
         plan.dropped,
         capacity,
         policy,
-        None if scores is None else scores.detach(),
+        scores,
         seed if random else None,
         row_ids if random else None,
         group_offsets,

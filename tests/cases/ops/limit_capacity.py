@@ -183,6 +183,9 @@ def errors():
         yield error(f"no {needed}", f"{needed} with policy {policy}, got None",
                     options={"policy": policy})  # fmt: skip
     yield error("capacity", "capacity >= 0, got -1", capacity=-1)
+    yield error("half a row", "capacity as an int or a tensor, got 1.5", capacity=1.5)
+    yield error("large seed", f"seed in [-2^63, 2^63), got {2**63}",
+                options={"policy": "random", "seed": 2**63})  # fmt: skip
     yield error("capacity tensor", "capacity >= 0, got -3", capacity=torch.tensor([-3]),
                 static=False)  # fmt: skip
     yield error("capacity dtype", "capacity in int64, got int32",
