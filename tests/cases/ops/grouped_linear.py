@@ -30,6 +30,12 @@ def samples():
     yield sample("larger", 130, 5, 33, 65, [0, 40, 41, 99, 99, 120], smooth=False)
 
 
+def sized(rows):
+    x, weight = seeded(rows, 33), seeded(4, 65, 33, seed=1)
+    offsets = torch.tensor([0, rows // 3, rows // 3, rows // 2, rows - rows // 8])
+    yield Sample("uneven", (x, weight, offsets))
+
+
 def errors():
     x, weight, offsets = torch.zeros(4, 3), torch.zeros(2, 5, 3), torch.tensor([0, 1, 4])
     op = "grouped_linear: expected "
@@ -67,5 +73,6 @@ CASES = [
         (torch.float32, torch.float64, torch.bfloat16, torch.float16),
         lambda sample: 4 + max(sample.args[0].shape) / 2,
         same_bits_on_every_isa=False,  # torch's products
+        sized=sized,
     )
 ]  # fmt: skip
