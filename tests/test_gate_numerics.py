@@ -11,7 +11,14 @@ from hypothesis import strategies as st
 from torch_routers import ops
 
 #: The formula of each score in fp64, by its name, with the options that choose it.
-SCORES = {"softmax": (lambda x: x.softmax(-1), {})}
+SCORES = {
+    "softmax": (lambda x: x.softmax(-1), {}),
+    "sigmoid": (lambda x: x.sigmoid(), {"score": "sigmoid"}),
+    "sqrt_softplus": (
+        lambda x: torch.nn.functional.softplus(x, threshold=700).sqrt(),
+        {"score": "sqrt_softplus"},
+    ),
+}
 EVERY_SCORE = pytest.mark.parametrize("score", SCORES)
 
 # ---- weights -------------------------------------------------------------------------------------

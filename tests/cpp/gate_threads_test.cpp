@@ -4,7 +4,7 @@
 #include <random>
 #include <vector>
 
-#include "gate/gate_kernel.h"
+#include "gate_run.h"
 #include "threads.h"
 
 namespace torch_routers {
@@ -18,9 +18,8 @@ struct Results {
   bool operator==(const Results&) const = default;
 };
 
-Results run(int threads) {
-  const GateShape shape{1000, 33, 4, 3};
-  const std::vector<int64_t> offsets{0, 100, 700, 1000};
+Results run(const GateShape& shape, Score score, int threads) {
+  const std::vector<int64_t> offsets{0, shape.tokens / 10, shape.tokens / 2, shape.tokens};
   std::vector<float> logits(shape.tokens * shape.experts);
   std::mt19937 random(0);
   std::normal_distribution<float> normal;
@@ -34,54 +33,44 @@ Results run(int threads) {
   r.score_sums.resize(shape.groups * shape.experts);
   r.group_tokens.resize(shape.groups);
   r.grad_logits.resize(logits.size());
-  std::vector<float> scores(shape.blocks() * shape.experts);
   std::vector<float> partial_sums(shape.segments() * shape.experts);
   std::vector<int64_t> partial_counts(shape.segments() * shape.experts);
-  const auto on_threads = [&](const auto& params, int64_t count) {
-    run_on_threads(threads, count, [&](int64_t begin, int64_t end) {
-      if (begin < end) gate_cpu(params, begin, end);
-    });
-  };
+  std::vector<int64_t> partial_tokens(shape.segments());
+  std::vector<float> scratch(shape.blocks() * shape.scratch_size());
 
-  Gate<float> forward{};
-  static_cast<GateShape&>(forward) = shape;
-  forward.logits = logits.data();
-  forward.group_offsets = offsets.data();
-  forward.indices = r.indices.data();
-  forward.weights = r.weights.data();
-  forward.lse = r.lse.data();
-  forward.scores = scores.data();
-  forward.partial_sums = partial_sums.data();
-  forward.partial_counts = partial_counts.data();
-  forward.select = true;
-  on_threads(forward, shape.blocks());
-
-  GateCombine<float> combine{};
-  static_cast<GateShape&>(combine) = shape;
-  combine.group_offsets = offsets.data();
-  combine.partial_sums = partial_sums.data();
-  combine.partial_counts = partial_counts.data();
-  combine.score_sums = r.score_sums.data();
-  combine.counts = r.counts.data();
-  combine.group_tokens = r.group_tokens.data();
-  on_threads(combine, shape.groups);
-
-  GateBackward<float> backward{};
-  static_cast<GateShape&>(backward) = shape;
-  backward.grad_weights = r.weights.data();
-  backward.grad_lse = r.lse.data();
-  backward.grad_score_sums = r.score_sums.data();
-  backward.logits = logits.data();
-  backward.group_offsets = offsets.data();
-  backward.indices = r.indices.data();
-  backward.grad_logits = r.grad_logits.data();
-  on_threads(backward, shape.tokens);
+  GateArrays<float> a;
+  a.shape = shape;
+  a.logits = logits.data();
+  a.group_offsets = offsets.data();
+  a.weighing.score = score;
+  a.indices = r.indices.data();
+  a.weights = r.weights.data();
+  a.lse = r.lse.data();
+  a.counts = r.counts.data();
+  a.score_sums = r.score_sums.data();
+  a.group_tokens = r.group_tokens.data();
+  a.grad_logits = r.grad_logits.data();
+  a.grad_weights = r.weights.data();
+  a.grad_lse = r.lse.data();
+  a.grad_score_sums = r.score_sums.data();
+  a.partial_sums = partial_sums.data();
+  a.partial_counts = partial_counts.data();
+  a.partial_tokens = partial_tokens.data();
+  a.scratch = scratch.data();
+  run_gate(a, [&](const auto& params, int64_t count) {
+    run_on_threads(threads, count,
+                   [&](int64_t begin, int64_t end) { gate_cpu(params, begin, end); });
+  });
   return r;
 }
 
 TEST(GateThreads, GiveTheSameBits) {
-  const Results expected = run(1);
-  for (int threads = 2; threads <= 8; ++threads) EXPECT_TRUE(run(threads) == expected) << threads;
+  for (const GateShape shape : {GateShape{1000, 33, 4, 3}, GateShape{300, 1100, 40, 3}})
+    for (const Score score : {Score::Softmax, Score::Sigmoid}) {
+      const Results expected = run(shape, score, 1);
+      for (int threads : {2, 3, 4, 8})
+        EXPECT_TRUE(run(shape, score, threads) == expected) << threads;
+    }
 }
 
 }  // namespace
