@@ -2,12 +2,13 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 ARGS ?=
+FUZZ_SECONDS ?= 60
 BUILD := build
 BIN := .venv/bin
 # CMake and Ninja of the same place, for setup.py too.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test docs lint build clean
+.PHONY: demo test test-all fuzz sanitized docs lint build clean
 
 demo: .venv/ablation build  ## train the routers of the ablation; table and pictures in ablation-results/
 	$(BIN)/python -m torch_routers.ablation $(ARGS)
@@ -19,6 +20,28 @@ test: .venv/test build  ## pytest and ctest
 	$(BIN)/ctest --test-dir $(BUILD) --output-on-failure --parallel 2
 	$(BIN)/python -m pytest -n auto $(ARGS)
 
+test-all: test fuzz sanitized  ## also what takes minutes: the next two, and the tests marked slow
+	$(BIN)/python -m pytest -m slow $(ARGS)
+
+fuzz: .venv/torch  ## each fuzz target of the kernels for FUZZ_SECONDS
+	$(call need,command -v clang++ >/dev/null && test -e "$$(clang++ -print-file-name=include/fuzzer)",clang libclang-rt-dev,Clang with libFuzzer)
+	$(BIN)/cmake -G Ninja -S . -B $(BUILD)/fuzz -DCMAKE_CXX_COMPILER=clang++ -DTORCH_ROUTERS_CUDA=off \
+	  -DTORCH_ROUTERS_FUZZ=ON -DTORCH_ROUTERS_FUZZ_SECONDS=$(FUZZ_SECONDS) \
+	  -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir) >/dev/null
+	$(BIN)/cmake --build $(BUILD)/fuzz --target fuzzers
+	$(BIN)/ctest --test-dir $(BUILD)/fuzz --output-on-failure --parallel 2
+
+# The sanitizers must be loaded before Python is, and with them libstdc++, or the first exception
+# ends the process. torch itself is not watched, hence no leaks are looked for.
+sanitized: .venv/test  ## the tests of the operators with AddressSanitizer and UndefinedBehaviorSanitizer
+	TORCH_ROUTERS_BUILD_DIR=$(BUILD)/sanitized CMAKE_ARGS=-DTORCH_ROUTERS_SANITIZE=ON TORCH_ROUTERS_CUDA=off \
+	  $(BIN)/python setup.py -q build --build-lib $(BUILD)/sanitized/python
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+	  ASAN_OPTIONS=detect_leaks=0:detect_odr_violation=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	  PYTHONMALLOC=malloc PYTHONPATH=$(BUILD)/sanitized/python \
+	  $(BIN)/python -m pytest -n auto --capture=sys -k "not compile and not export" \
+	  tests/test_ops.py tests/test_reliability.py $(ARGS)
+
 docs: .venv/docs build  ## HTML in docs/_build/html, and every snippet run
 	$(BIN)/sphinx-build -q -W -b html docs docs/_build/html
 	$(BIN)/sphinx-build -q -W -b doctest docs docs/_build/doctest
@@ -26,7 +49,7 @@ docs: .venv/docs build  ## HTML in docs/_build/html, and every snippet run
 lint: .venv/lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	git ls-files 'csrc/*' 'tests/cpp/*' | grep -E '\.(h|cpp|cuh|cu)$$' | xargs $(BIN)/clang-format --dry-run -Werror
+	git ls-files 'csrc/*' 'tests/cpp/*' 'tests/fuzz/*' | grep -E '\.(h|cpp|cuh|cu)$$' | xargs $(BIN)/clang-format --dry-run -Werror
 
 build: .venv/torch
 	$(BIN)/python setup.py -q build_ext --inplace

@@ -382,7 +382,7 @@ import sys, torch
 from test_ops import bits_of, env
 assert env.report()["instruction set"] == sys.argv[1]
 results = {}
-for threads in 1, 2, 3:
+for threads in 1, 2, 3, 4, 8:
     torch.set_num_threads(threads)
     results[threads] = bits_of(torch.load(sys.argv[2], weights_only=False))
 torch.save(results, sys.argv[3])

@@ -4,8 +4,10 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
+#include <unistd.h>
 
 #include <algorithm>
+#include <atomic>
 
 #include "common/scalar.h"
 #include "op/check.h"
@@ -40,6 +42,15 @@ void dispatch_floating(const char* op, const char* argument, const Tensor& tenso
   }
 }
 
+// False in the fork of a process that used torch's threads: they are not there, and to wait for them
+// would be for ever.
+inline bool has_threads() {
+  static std::atomic<pid_t> first_user{0};
+  const pid_t self = getpid();
+  pid_t user = 0;
+  return first_user.compare_exchange_strong(user, self) || user == self;
+}
+
 // Calls cpu(begin, end) over ranges of [0, count) on torch's threads, or cuda(stream) once,
 // depending on where `tensor` lives. `cost`, in elements, of one decides how many a thread is worth.
 template <class Cpu, class Cuda>
@@ -49,6 +60,7 @@ void launch(const Tensor& tensor, std::int64_t count, std::int64_t cost, const C
   if (tensor.is_cpu()) {
     const auto grain =
         std::max<std::int64_t>(1, kElementsPerThread / std::max<std::int64_t>(1, cost));
+    if (count > grain && !has_threads()) return cpu(0, count);
     return torch::stable::parallel_for(0, count, grain, cpu);
   }
 #ifdef TORCH_ROUTERS_WITH_CUDA

@@ -62,6 +62,11 @@ class OpCase:
     same_bits_on_every_isa: bool = True
     #: Results are float32 where inputs are bfloat16 or float16.
     results_in_full_precision: bool = False
+    #: Samples of so many tokens: with thousands there is work for several threads.
+    sized: Callable[[int], Iterable[Sample]] | None = None
+    #: A token's results do not depend on other tokens. Per token is what has as many rows as there
+    #: are tokens in a sized sample: arguments, options, results.
+    per_token: bool = False
 
     def __str__(self) -> str:
         return self.name

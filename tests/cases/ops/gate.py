@@ -286,14 +286,20 @@ def selected_samples():
     yield Sample("token-top-k-masked", (spread(1, 5, 70), 3), masked)
 
 
+def as_selection(sample):
+    keys = "score", "valid_mask", "token_top_k", *SELECTION
+    options = {key: value for key, value in sample.options.items() if key in keys}
+    return Sample(sample.name, sample.args, options)
+
+
 def select_samples():
     for sample in itertools.chain(topk_samples(), selected_samples()):
         if sample.options.get("statistics") and not sample.options["renormalize"]:
             continue  # the indices do not depend on it
-        keys = "score", "valid_mask", "token_top_k", *SELECTION
-        options = {key: value for key, value in sample.options.items() if key in keys}
-        yield Sample(sample.name, sample.args, options)
-        if options.pop("score", None):
+        selection = as_selection(sample)
+        yield selection
+        options = {key: value for key, value in selection.options.items() if key != "score"}
+        if len(options) < len(selection.options):
             yield Sample(f"{sample.name}-values", sample.args, options)
 
 
@@ -316,6 +322,32 @@ def gate_samples():
         yield Sample(f"no-slots-{renormalize}", (spread(3, 6), empty[:, :0]), o)
         far = torch.tensor([[0.0, -300.0, -301.0]]).double()
         yield Sample(f"far-below-{renormalize}", (far, torch.tensor([[1, 2]])), o)
+
+
+def topk_sized(tokens):
+    masked = {"statistics": True, "valid_mask": mask(tokens)}
+    for renormalize in True, False:
+        for score in "softmax", "sigmoid", "sqrt_softplus":
+            options = masked | {"score": score, "renormalize": renormalize}
+            yield Sample(f"{score}-{renormalize}", (seeded(tokens, 33), 4), options)
+    groups = {"score": "sigmoid", "bias": seeded(32, seed=4), "num_groups": 4, "topk_group": 2}
+    counts = torch.arange(tokens) % 5
+    yield Sample("groups", (seeded(tokens, 32), 4), groups | {"token_top_k": counts})
+    yield Sample("many", (seeded(tokens, 70), 33))
+
+
+def gate_sized(tokens):
+    for sample in topk_sized(tokens):
+        if sample.options.keys() & SELECTION:
+            continue
+        logits, slots = sample.args
+        generator = torch.Generator().manual_seed(0)
+        indices = torch.randint(-1, logits.shape[1], (tokens, slots), generator=generator)
+        yield Sample(sample.name, (logits, indices), sample.options)
+
+
+def select_sized(tokens):
+    return map(as_selection, topk_sized(tokens))
 
 
 # ---- errors --------------------------------------------------------------------------------------
@@ -484,10 +516,10 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 CASES = [
     OpCase("topk_gate", topk_gate, reference, topk_gate_samples, topk_errors,
            overloads(torch.ops.torch_routers.topk_gate.default), DTYPES, tolerance,
-           results_in_full_precision=True),
+           results_in_full_precision=True, sized=topk_sized, per_token=True),
     OpCase("gate", gate, reference, gate_samples, gate_errors,
            overloads(torch.ops.torch_routers.gate.default), DTYPES, tolerance,
-           results_in_full_precision=True),
+           results_in_full_precision=True, sized=gate_sized, per_token=True),
     OpCase("topk_select", topk_select, select_reference, select_samples, select_errors,
-           select_overloads, DTYPES, tolerance),
+           select_overloads, DTYPES, tolerance, sized=select_sized, per_token=True),
 ]  # fmt: skip

@@ -61,6 +61,12 @@ def samples_of_grouped_mm():
     yield sample("no rows", 0, 2, 8, 8, [0, 0, 0], bias=True, smooth=False, engine="grouped_mm")
 
 
+def sized(rows):
+    x, weight = seeded(rows, 33), seeded(4, 65, 33, seed=1)
+    offsets = torch.tensor([0, rows // 3, rows // 3, rows // 2, rows - rows // 8])
+    yield Sample("uneven", (x, weight, offsets))
+
+
 def errors():
     x, weight, offsets = torch.zeros(4, 3), torch.zeros(2, 5, 3), torch.tensor([0, 1, 4])
     op = "grouped_linear: expected "
@@ -115,6 +121,7 @@ def case(name, samples, *dtypes, errors=lambda: (), same_bits_on_every_isa=False
         name, call, reference, samples, errors, overloads, dtypes,
         lambda sample: 4 + max(sample.args[0].shape) / 2,
         same_bits_on_every_isa=same_bits_on_every_isa,
+        sized=sized,
     )  # fmt: skip
 
 

@@ -1,0 +1,137 @@
+// What fuzz targets share: sizes and values from bytes, and arrays of exactly the size asked for, so
+// that AddressSanitizer sees each step out of them.
+#pragma once
+
+#include <fuzzer/FuzzedDataProvider.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <memory>
+
+#include "common/isa.h"
+#include "common/scalar.h"
+
+namespace torch_routers::fuzz {
+
+inline void expect(bool condition, const char* what) {
+  if (condition) return;
+  std::fprintf(stderr, "expected %s\n", what);
+  std::abort();
+}
+
+template <class T> class Array {
+ public:
+  explicit Array(std::int64_t size, unsigned char fill = 0) : size_(size), data_(new T[size]) {
+    std::memset(static_cast<void*>(data_.get()), fill, size * sizeof(T));
+  }
+  std::int64_t size() const { return size_; }
+  T* data() const { return data_.get(); }
+  T* begin() const { return data(); }
+  T* end() const { return data() + size_; }
+  T& operator[](std::int64_t i) const { return data_[i]; }
+
+  // Equal to the bit, but for the payloads of NaN, which no IEEE operation decides.
+  bool operator==(const Array& other) const {
+    return std::equal(begin(), end(), other.begin(), other.end(), [](const T& a, const T& b) {
+      if (std::memcmp(&a, &b, sizeof(T)) == 0) return true;
+      if constexpr (std::is_integral_v<T>)
+        return false;
+      else
+        return load(a) != load(a) && load(b) != load(b);
+    });
+  }
+
+ private:
+  std::int64_t size_;
+  std::unique_ptr<T[]> data_;
+};
+
+// What outputs and scratch hold before a run. A kernel runs twice, with one and with the other: a
+// byte that it does not write, or a result that depends on one, makes the results differ.
+constexpr unsigned char kFills[2] = {0xA5, 0x5A};
+
+class Bytes : public FuzzedDataProvider {
+ public:
+  using FuzzedDataProvider::FuzzedDataProvider;
+
+  std::int64_t integer(std::int64_t low, std::int64_t high) {
+    return ConsumeIntegralInRange(low, high);
+  }
+  // Often small, where the special cases are.
+  std::int64_t size(std::int64_t low, std::int64_t high) {
+    return integer(low, ConsumeBool() ? std::min(high, low + 8) : high);
+  }
+  bool flag() { return ConsumeBool(); }
+
+  // One that this machine has.
+  Isa any_isa() { return static_cast<Isa>(integer(0, static_cast<std::int64_t>(isa()))); }
+
+  Array<std::int64_t> integers(std::int64_t size, std::int64_t low, std::int64_t high) {
+    Array<std::int64_t> result(size);
+    const Array<std::uint8_t> raw = bytes(size);
+    for (std::int64_t i = 0; i < size; ++i) result[i] = low + raw[i] % (high - low + 1);
+    return result;
+  }
+
+  Array<bool> flags(std::int64_t size) {
+    Array<bool> result(size);
+    const Array<std::uint8_t> raw = bytes(size);
+    for (std::int64_t i = 0; i < size; ++i) result[i] = raw[i] & 1;
+    return result;
+  }
+
+  // [size + 1], ascending from 0 to `end`.
+  Array<std::int64_t> offsets(std::int64_t size, std::int64_t end) {
+    Array<std::int64_t> result(size + 1);
+    for (std::int64_t i = 1; i < size; ++i) result[i] = integer(0, end);
+    result[size] = end;
+    std::sort(result.begin(), result.end());
+    return result;
+  }
+
+  // Any bits; or multiples of 1/8 in [-16, 16), many of them equal; or what is special.
+  template <class T> Array<T> numbers(std::int64_t size) {
+    Array<T> result(size);
+    const std::int64_t kind = integer(0, 2);
+    if (kind == 0) {
+      const Array<std::uint8_t> raw = bytes(size * sizeof(T));
+      std::memcpy(static_cast<void*>(result.data()), raw.data(), raw.size());
+      return result;
+    }
+    using Limits = std::numeric_limits<Compute<T>>;
+    constexpr Compute<T> kSpecial[] = {0,
+                                       Compute<T>(-0.0),
+                                       1,
+                                       -1,
+                                       Limits::infinity(),
+                                       -Limits::infinity(),
+                                       Limits::quiet_NaN(),
+                                       Limits::denorm_min(),
+                                       -Limits::min(),
+                                       Limits::max(),
+                                       Limits::lowest(),
+                                       88,
+                                       -104,
+                                       1e4,
+                                       -1e4};
+    const Array<std::uint8_t> raw = bytes(size);
+    for (std::int64_t i = 0; i < size; ++i)
+      store(&result[i], kind == 1 ? static_cast<std::int8_t>(raw[i]) / Compute<T>(8)
+                                  : kSpecial[raw[i] % std::size(kSpecial)]);
+    return result;
+  }
+
+ private:
+  // What the input is too short for is 0.
+  Array<std::uint8_t> bytes(std::int64_t size) {
+    Array<std::uint8_t> result(size);
+    ConsumeData(result.data(), size);
+    return result;
+  }
+};
+
+}  // namespace torch_routers::fuzz
