@@ -4,12 +4,14 @@ import argparse
 import importlib
 import os
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from . import report
-from .harness import Options, copy_bandwidth
+from .harness import Options, Row, copy_bandwidth
 
 ROOT = Path(__file__).resolve().parents[2]
 BENCHMARKS = sorted(path.stem for path in Path(__file__).parent.glob("bench_*.py"))
@@ -38,11 +40,34 @@ def enter_allocator(name: str) -> None:
     os.execve(sys.executable, command, rest | report.ALLOCATORS[name])
 
 
-def selected(names: list[str], options: Options):
+def selected(names: list[str], options: Options) -> Iterator[Row]:
     for module in BENCHMARKS:
         for row in importlib.import_module(f".{module}", __package__).rows(options):
             if not names or any(name in row.name for name in names):
                 yield row
+
+
+def results(rows: Iterable[Row], options: Options) -> Iterator[dict[str, Any]]:
+    """A row that fails is a result too: the others are still worth having."""
+    for row in rows:
+        try:
+            measured = row.measure(options)
+        except Exception as error:
+            measured = {"name": row.name, "error": f"{type(error).__name__}: {error}"}
+        yield report.judge(measured)
+
+
+def show(found: Iterable[dict[str, Any]], copy_gb_per_s: float) -> list[dict[str, Any]]:
+    """Prints results as they come, and keeps them."""
+    kept, header = [], None
+    for result in found:
+        columns = report.BYTES if "bytes" in result else report.TIMES
+        if columns is not header and "error" not in result:
+            header = columns
+            print(report.line(header, header))
+        print(report.line(report.cells(result, copy_gb_per_s), columns), flush=True)
+        kept.append(result)
+    return kept
 
 
 def main() -> int:
@@ -56,35 +81,17 @@ def main() -> int:
         quick=args.quick,
         dtype=getattr(torch, args.dtype),
     )
-    result = {
-        "machine": report.machine(options),
-        "copy_gb_per_s": copy_bandwidth(options),
-        "rows": [],
-    }
-    for key, value in result["machine"].items():
+    machine, copy = report.machine(options), copy_bandwidth(options)
+    for key, value in machine.items():
         print(f"{key:26}{value}")
-    print(f"{'copy':26}{result['copy_gb_per_s']:.1f} GB/s, read and written\n")
-    header = None
-    for row in selected(args.names, options):
-        try:
-            measured = row.measure(options)
-        except Exception as error:  # the other rows are still worth having; the exit status tells
-            measured = {"name": row.name, "error": f"{type(error).__name__}: {error}"}
-        result["rows"].append(report.judge(measured))
-        columns = report.BYTES if "bytes" in measured else report.TIMES
-        if columns is not header:
-            header = columns
-            print(report.line(header, header))
-        words = report.cells(result["rows"][-1], result["copy_gb_per_s"])
-        print(report.line(words, header), flush=True)
+    print(f"{'copy':26}{copy:.1f} GB/s, read and written\n")
+    rows = show(results(selected(args.names, options), options), copy)
+    report.write({"machine": machine, "copy_gb_per_s": copy, "rows": rows}, args.out, args.docs)
 
-    report.write(result, args.out)
-    if args.docs:
-        args.docs.write_text(report.markdown(result))
-    bars = [row["reached"] for row in result["rows"] if row["reached"] is not None]
-    failed = sum("error" in row for row in result["rows"])
+    bars = [row["reached"] for row in rows if row["reached"] is not None]
+    failed = sum("error" in row for row in rows)
     print(f"\n{sum(bars)} of {len(bars)} bars reached, {failed} rows failed; {args.out}/results.md")
-    return int(failed > 0)
+    return int(failed > 0 or not rows)
 
 
 if __name__ == "__main__":

@@ -71,6 +71,7 @@ class Row:
     #: Largest error, relative to the largest value.
     tolerance: float = 1e-5
     max_rounds: int = 1000
+    #: Of `torch.set_float32_matmul_precision`.
     matmul_precision: str = "highest"
 
     def measure(self, options: Options) -> dict[str, Any]:
@@ -89,7 +90,15 @@ def measure(row: Row, options: Options) -> dict[str, Any]:
     """Compares and times the candidates of a row; plain data."""
     torch.manual_seed(0)
     torch.compiler.reset()
+    before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(row.matmul_precision)
+    try:
+        return _measure(row, options)
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def _measure(row: Row, options: Options) -> dict[str, Any]:
     ring = make_ring(row)
     candidates = {OURS: row.ours, **row.baselines}
     if not options.quick:
@@ -110,7 +119,6 @@ def measure(row: Row, options: Options) -> dict[str, Any]:
         options.sample_ms * 1e6,
         options.clock(),
     )
-    torch.set_float32_matmul_precision("highest")
     result = {"name": row.name, **summary(times, baselines)}
     if row.traffic >= 1 << 20:  # below, calls cost more than memory
         result["gb_per_s"] = row.traffic / (1e3 * result["us"][OURS])

@@ -5,6 +5,7 @@ import operator
 import os
 import platform
 import re
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -128,17 +129,25 @@ def line(cells: list[str], header: list[str]) -> str:
 
 
 def markdown(report: dict[str, Any]) -> str:
-    parts = ["; ".join(f"{key}: {value}" for key, value in report["machine"].items()) + "."]
-    for header, kind in (TIMES, "us"), (BYTES, "bytes"):
-        rows = [cells(r, report["copy_gb_per_s"]) for r in report["rows"] if kind in r]
-        if rows:
-            parts.append("\n".join(f"| {' | '.join(row)} |"
-                         for row in (header, ["---"] * len(header), *rows)))  # fmt: skip
-    parts += [f"FAILED: {r['name']}: {r['error']}" for r in report["rows"] if "error" in r]
+    """A table per operation, under what all was measured on."""
+    about = "; ".join(f"{key}: {value}" for key, value in report["machine"].items())
+    parts = [f"{about}; copy: {report['copy_gb_per_s']:.1f} GB/s."]
+    operations = groupby(report["rows"], lambda result: result["name"].rpartition(" E=")[0])
+    for operation, results in operations:
+        header, rows = TIMES, []
+        for result in results:
+            header = BYTES if "bytes" in result else TIMES
+            first, *rest = cells(result, report["copy_gb_per_s"])
+            rows.append([first.removeprefix(operation).strip(), *rest])
+        lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+        table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        parts.append(f"### {operation}\n\n{table}")
     return "\n\n".join(parts) + "\n"
 
 
-def write(report: dict[str, Any], folder: Path) -> None:
+def write(report: dict[str, Any], folder: Path, docs: Path | None) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "results.json").write_text(json.dumps(report, indent=1) + "\n")
-    (folder / "results.md").write_text(markdown(report))
+    for path in (folder / "results.md", docs):
+        if path:
+            path.write_text(markdown(report))
