@@ -7,7 +7,7 @@ BIN := .venv/bin
 # CMake and Ninja of the same place, for setup.py too.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test docs lint build clean
+.PHONY: demo test bench docs lint build clean
 
 demo: .venv/ablation build  ## train the routers of the ablation; table and pictures in ablation-results/
 	$(BIN)/python -m torch_routers.ablation $(ARGS)
@@ -18,6 +18,9 @@ test: .venv/test build  ## pytest and ctest
 	$(BIN)/cmake --build $(BUILD)
 	$(BIN)/ctest --test-dir $(BUILD) --output-on-failure --parallel 2
 	$(BIN)/python -m pytest -n auto $(ARGS)
+
+bench: .venv/torch build  ## speed against plain PyTorch; table in build/bench
+	PYTHONPATH=tests $(BIN)/python -m bench $(ARGS)
 
 docs: .venv/docs build  ## HTML in docs/_build/html, and every snippet run
 	$(BIN)/sphinx-build -q -W -b html docs docs/_build/html

@@ -5,7 +5,6 @@ import operator
 import os
 import platform
 import re
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -132,8 +131,10 @@ def markdown(report: dict[str, Any]) -> str:
     """A table per operation, under what all was measured on."""
     about = "; ".join(f"{key}: {value}" for key, value in report["machine"].items())
     parts = [f"{about}; copy: {report['copy_gb_per_s']:.1f} GB/s."]
-    operations = groupby(report["rows"], lambda result: result["name"].rpartition(" E=")[0])
-    for operation, results in operations:
+    operations = {}
+    for result in report["rows"]:
+        operations.setdefault(result["name"].rpartition(" E=")[0], []).append(result)
+    for operation, results in operations.items():
         header, rows = TIMES, []
         for result in results:
             header = BYTES if "bytes" in result else TIMES
