@@ -99,7 +99,7 @@ def test_a_result_has_the_promised_keys():
     complete = {"machine": report.machine(Options()), "copy_gb_per_s": 20.0, "rows": [result]}
     assert json.loads(json.dumps(complete)) == complete
     assert complete["machine"].keys() >= {"processor", "instruction set", "threads", "torch"}
-    assert "E=8 k=2 T=1 |" in report.markdown(complete)
+    assert "| E=8 k=2 T=1 |" in report.markdown(complete)
 
 
 @pytest.mark.parametrize(

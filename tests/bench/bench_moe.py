@@ -1,8 +1,8 @@
 """`MoE` with `TopKRouter` and `SwiGLUExperts`: the whole layer, gate product included.
 
-Nearly all of it are matrix products, hence each case stands twice: with torch's default and with
-`torch.set_float32_matmul_precision("medium")`, which on some processors is another library, twice
-as fast and as exact. Only the latter have bars.
+Nearly all of it are matrix products, hence two precisions: torch's default, "highest" (forward
+only), and `torch.set_float32_matmul_precision("medium")`, which on some processors is another
+library, twice as fast and as exact. Only the latter has bars.
 """
 
 from collections.abc import Iterator
@@ -77,6 +77,12 @@ def swiglu(x, up, down):
     return F.linear(F.silu(gate) * up, down)
 
 
+def make_layer(experts: int, k: int, intermediate: int) -> tr.MoE:
+    torch.manual_seed(0)
+    router = tr.TopKRouter(HIDDEN, experts, k)
+    return tr.MoE(router, tr.SwiGLUExperts(experts, HIDDEN, intermediate))
+
+
 def cases(options: Options) -> Iterator[tuple[int, int, int, int]]:
     """(num_experts, top_k, intermediate_size, tokens)."""
     for tokens in (64,) if options.quick else (1, 64, 4096):
@@ -86,29 +92,25 @@ def cases(options: Options) -> Iterator[tuple[int, int, int, int]]:
 
 def rows(options: Options) -> Iterator[Row]:
     for experts, k, intermediate, tokens in cases(options):
-        torch.manual_seed(0)
-        moe = tr.MoE(
-            tr.TopKRouter(HIDDEN, experts, k), tr.SwiGLUExperts(experts, HIDDEN, intermediate)
-        )
+        moe = make_layer(experts, k, intermediate)
         plain = Baselines(moe)
-        for precision in "highest", "medium":
-            for backward in False, True:
-                yield Row(
-                    name=f"{name_of('moe', backward, experts, k, tokens)} {precision}",
-                    inputs=lambda t=tokens: (torch.randn(t, HIDDEN),),
-                    ours=grad_mode(lambda x, moe=moe: (moe(x),), backward),
-                    baselines={
-                        "sort, split, index_add": grad_mode(plain.split_index_add, backward),
-                        "sort, split, gather": grad_mode(plain.split_gather, backward),
-                        "sort, grouped_mm": grad_mode(plain.grouped_mm, backward),
-                    },
-                    information={"loop over experts": grad_mode(plain.loop, backward)},
-                    backward=backward,
-                    parameters=tuple(moe.parameters()),
-                    tolerance=1e-4,
-                    max_rounds=9 if tokens > 64 else 1000,
-                    matmul_precision=precision,
-                )
+        for precision, backward in ("highest", False), ("medium", False), ("medium", True):
+            yield Row(
+                name=f"{name_of('moe', backward, experts, k, tokens)} {precision}",
+                inputs=lambda t=tokens: (torch.randn(t, HIDDEN),),
+                ours=grad_mode(lambda x, moe=moe: (moe(x),), backward),
+                baselines={
+                    "sort, split, index_add": grad_mode(plain.split_index_add, backward),
+                    "sort, split, gather": grad_mode(plain.split_gather, backward),
+                    "sort, grouped_mm": grad_mode(plain.grouped_mm, backward),
+                },
+                information={"loop over experts": grad_mode(plain.loop, backward)},
+                backward=backward,
+                parameters=tuple(moe.parameters()),
+                tolerance=1e-4,
+                max_rounds=9 if tokens > 64 else 1000,
+                matmul_precision=precision,
+            )
 
 
 def grad_mode(function, enabled):

@@ -186,12 +186,13 @@ def time_by_turns(
             function()
         return (clock() - start) / calls
 
-    calls = {
-        name: max(1, int(sample_ns / max(1, min(sample(function, 1) for _ in range(3)))))
-        for name, function in candidates.items()
-    }
+    calls = {}
     for name, function in candidates.items():
-        sample(function, calls[name])
+        first = sample(function, 1)
+        calls[name] = 1
+        if first < sample_ns:  # else the call above has warmed up enough
+            calls[name] = int(sample_ns / max(1, min(sample(function, 1) for _ in range(3)))) + 1
+            sample(function, calls[name])
     times = {name: [] for name in candidates}
     order = list(candidates)
     gc.collect()
