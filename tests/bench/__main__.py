@@ -24,7 +24,7 @@ def arguments() -> argparse.Namespace:
     add("--rounds", type=int, help="default 31; with --quick 9")
     add("--threads", type=int, default=1)
     add("--quick", action="store_true", help="fewer rows and rounds, no compiled baselines")
-    add("--dtype", choices=["float32", "bfloat16"], default="float32", help="of tokens and experts")
+    add("--dtype", choices=["float32", "bfloat16"], default="float32", help="of permute, combine")
     add("--allocator", choices=report.ALLOCATORS, default="warm")
     add("--out", type=Path, default=ROOT / "build/bench", help="folder of results.json, results.md")
     add("--docs", type=Path, help="write the table there too, as docs/benchmarks_table.md is")

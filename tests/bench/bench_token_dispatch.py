@@ -13,6 +13,7 @@ from .bench_expert_plan import random_indices
 from .harness import Options, Row, name_of
 
 HIDDEN = 1024
+SUFFIX = {torch.float32: "", torch.bfloat16: " bfloat16"}
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 
@@ -56,7 +57,7 @@ def make_plan(tokens, experts, slots):
 def permute_rows(experts: int, k: int, tokens: int, dtype: torch.dtype) -> Iterator[Row]:
     for backward in False, True:
         yield Row(
-            name=name_of("permute", backward, experts, k, tokens),
+            name=name_of("permute", backward, experts, k, tokens) + SUFFIX[dtype],
             inputs=lambda: (
                 torch.randn(tokens, HIDDEN, dtype=dtype),
                 *make_plan(tokens, experts, k),
@@ -73,7 +74,7 @@ def permute_rows(experts: int, k: int, tokens: int, dtype: torch.dtype) -> Itera
 def combine_rows(experts: int, k: int, tokens: int, dtype: torch.dtype) -> Iterator[Row]:
     for backward in False, True:
         yield Row(
-            name=name_of("combine", backward, experts, k, tokens),
+            name=name_of("combine", backward, experts, k, tokens) + SUFFIX[dtype],
             inputs=lambda: (
                 torch.randn(tokens * k, HIDDEN, dtype=dtype),
                 torch.rand(tokens, k),

@@ -34,7 +34,7 @@ class Options:
     threads: int = 1
     #: Fewer rows and rounds, no compiled baselines.
     quick: bool = False
-    #: Of tokens and experts; logits are float32 always.
+    #: Of the rows that permute and combine move; all else is float32.
     dtype: torch.dtype = torch.float32
 
     def cases(self) -> Iterator[tuple[int, int, int]]:
