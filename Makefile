@@ -9,6 +9,7 @@ BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .PHONY: demo test test-all fuzz sanitized docs lint build clean
+.PHONY: demo test bench docs lint build clean
 
 demo: .venv/ablation build  ## train the routers of the ablation; table and pictures in ablation-results/
 	$(BIN)/python -m torch_routers.ablation $(ARGS)
@@ -41,6 +42,8 @@ sanitized: .venv/test  ## the tests of the operators with AddressSanitizer and U
 	  PYTHONMALLOC=malloc PYTHONPATH=$(BUILD)/sanitized/python \
 	  $(BIN)/python -m pytest -n auto --capture=sys -k "not compile and not export" \
 	  tests/test_ops.py tests/test_reliability.py $(ARGS)
+bench: .venv/torch build  ## speed against plain PyTorch; table in build/bench
+	PYTHONPATH=tests $(BIN)/python -m bench $(ARGS)
 
 docs: .venv/docs build  ## HTML in docs/_build/html, and every snippet run
 	$(BIN)/sphinx-build -q -W -b html docs docs/_build/html

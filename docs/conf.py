@@ -13,7 +13,7 @@ extensions = [
     "sphinx.ext.mathjax",
     "sphinx.ext.napoleon",
 ]
-exclude_patterns = ["_build"]
+exclude_patterns = ["_build", "benchmarks_table.md"]  # the latter is part of benchmarks.md
 default_role = "py:obj"  # `Name` in a docstring
 html_theme = "furo"
 html_title = f"torch-routers {release}"

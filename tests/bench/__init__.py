@@ -1,0 +1,1 @@
+"""Benchmarks: ``make bench``. One file per operator or layer; pytest does not collect them."""
