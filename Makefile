@@ -8,8 +8,7 @@ BIN := .venv/bin
 # CMake and Ninja of the same place, for setup.py too.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test test-all fuzz sanitized docs lint build clean
-.PHONY: demo test bench docs lint build clean
+.PHONY: demo test test-all fuzz sanitized bench docs lint build clean
 
 demo: .venv/ablation build  ## train the routers of the ablation; table and pictures in ablation-results/
 	$(BIN)/python -m torch_routers.ablation $(ARGS)
@@ -42,6 +41,7 @@ sanitized: .venv/test  ## the tests of the operators with AddressSanitizer and U
 	  PYTHONMALLOC=malloc PYTHONPATH=$(BUILD)/sanitized/python \
 	  $(BIN)/python -m pytest -n auto --capture=sys -k "not compile and not export" \
 	  tests/test_ops.py tests/test_reliability.py $(ARGS)
+
 bench: .venv/torch build  ## speed against plain PyTorch; table in build/bench
 	PYTHONPATH=tests $(BIN)/python -m bench $(ARGS)
 
