@@ -40,6 +40,14 @@ __device__ Pack<T, kPack> scaled(const Pack<T, kPack>& pack, Compute<T> weight) 
   return result;
 }
 
+template <class T, int kPack>
+__device__ Pack<T, kPack> rounded(const Compute<T> (&sums)[kPack]) {
+  Pack<T, kPack> result;
+#pragma unroll
+  for (int i = 0; i < kPack; ++i) store(&result.values[i], sums[i]);
+  return result;
+}
+
 template <int kPack, class T> __device__ void clear(T* row, int64_t hidden) {
   for (int64_t h = lane() * kPack; h < hidden; h += kWarp * kPack)
     store_pack(row + h, Pack<T, kPack>{});
@@ -68,8 +76,10 @@ template <class T, int kPack> __global__ void __launch_bounds__(kThreads) permut
 }
 
 template <class T, int kPack> __global__ void __launch_bounds__(kThreads) combine(Combine<T> p) {
-  const int64_t chunks = gridDim.x / p.tokens, t = blockIdx.x / chunks;
-  const int64_t h = (blockIdx.x % chunks * kThreads + threadIdx.x) * kPack;
+  const unsigned chunks = gridDim.x / static_cast<unsigned>(p.tokens);  // of kThreads packs
+  const int64_t t = blockIdx.x / chunks;
+  const unsigned pack = blockIdx.x % chunks * kThreads + threadIdx.x;
+  const int64_t h = int64_t{pack} * kPack;
   if (h >= p.hidden) return;
   Compute<T> sums[kPack] = {};
   for (int64_t slot = t * p.slots; slot < (t + 1) * p.slots; ++slot) {
@@ -80,10 +90,7 @@ template <class T, int kPack> __global__ void __launch_bounds__(kThreads) combin
 #pragma unroll
     for (int i = 0; i < kPack; ++i) sums[i] += weight * load(row.values[i]);
   }
-  Pack<T, kPack> token;
-#pragma unroll
-  for (int i = 0; i < kPack; ++i) store(&token.values[i], sums[i]);
-  store_pack(p.token + t * p.hidden + h, token);
+  store_pack(p.token + t * p.hidden + h, rounded<T>(sums));
 }
 
 template <class T, int kPack>

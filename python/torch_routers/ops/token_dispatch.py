@@ -252,20 +252,15 @@ def _backward_gradient(ctx, of_rows, of_weights):
 
 def _backward_jvp(ctx, grad_t, rows_t, weights_t, *_):
     grad, rows, weights, order, inverse = ctx.saved_tensors
-    of_rows, of_weights = [], []
+    of_rows = of_weights = None
     if grad_t is not None:
-        pair = _combine_backward(grad_t, rows, weights, order, inverse)
-        of_rows.append(pair[0])
-        of_weights.append(pair[1])
+        of_rows, of_weights = _combine_backward(grad_t, rows, weights, order, inverse)
     if rows_t is not None:
-        of_weights.append(_combine_backward(grad, rows_t, None, order, inverse)[1])
+        more = _combine_backward(grad, rows_t, None, order, inverse)[1]
+        of_weights = _sum(of_weights, more)
     if weights_t is not None:
-        of_rows.append(_permute(grad, weights_t, order, inverse))
-    none = grad.new_zeros(rows.shape) if weights is not None else grad.new_zeros(0, grad.shape[1])
-    return _sum(*of_rows, None if of_rows else none), _sum(
-        *of_weights,
-        None if of_weights else inverse.new_zeros(inverse.shape, dtype=_weights_dtype(grad)),
-    )
+        of_rows = _sum(of_rows, _permute(grad, weights_t, order, inverse))
+    return of_rows, of_weights
 
 
 _permute = differentiable(
