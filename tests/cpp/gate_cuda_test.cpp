@@ -428,7 +428,8 @@ INSTANTIATE_TEST_SUITE_P(
 TEST(GateCuda, RowsSoLongThatAnIndexHasThreeBytes) {
   for (const char* logits : {"normal", "ties"}) {
     const Inputs<float> in({1, 70000, 40, logits});
-    EXPECT_EQ(select<DeviceArray>(in, kOnCuda), select<HostArray>(in, kOnCpu)) << logits;
+    EXPECT_EQ(select<DeviceArray>(in, kOnCuda), select<HostArray>(in, kOnCpu))
+        << "cuda.indices, " << logits;
   }
 }
 
