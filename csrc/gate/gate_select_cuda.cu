@@ -120,7 +120,7 @@ __global__ void __launch_bounds__(kRowThreads<S, kPerLane>) select_rows(Gate<S> 
   if (lane() < slots) p.indices[t * slots + lane()] = selected;
 }
 
-template <class S> __global__ void __launch_bounds__(kSelectThreads) select_long(Gate<S> p) {
+template <class S> __global__ void __launch_bounds__(kSelectThreads, 2) select_long(Gate<S> p) {
   using Key = Bits<Compute<S>>;
   __shared__ SelectStorage storage;
   __shared__ Key group_keys[kMostGroups];
