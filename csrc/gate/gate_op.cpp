@@ -139,7 +139,7 @@ void check_selection(const char* op, const Tensor& logits, int64_t top_k,
           logits.size(0), "], one value per token, got ", shape(*counts));
     check_same_device(op, logits, counts);
     if (!counts->is_cpu()) return;
-    const Tensor values = torch::stable::contiguous(*counts);
+    const Tensor values = as_contiguous(*counts);
     for (int64_t t = 0; t < logits.size(0); ++t) {
       const int64_t value = data<int64_t>(values)[t];
       check(0 <= value && value <= top_k, op, ": expected token_top_k in [0, top_k=", top_k,
@@ -154,11 +154,11 @@ Results run(const char* op, const Tensor& logits, const OptionalTensor& given,
             const OptionalTensor& valid_mask, const OptionalTensor& group_offsets,
             bool statistics) {
   check_weighing(op, weighing);
-  const Tensor x = torch::stable::contiguous(logits);
+  const Tensor x = as_contiguous(logits);
   const OptionalTensor valid = contiguous(valid_mask), offsets = contiguous(group_offsets);
   const OptionalTensor bias = contiguous(selection.bias), top = contiguous(selection.token_top_k);
   check_offsets(op, shape, offsets);
-  const Tensor indices = given ? torch::stable::contiguous(*given)
+  const Tensor indices = given ? as_contiguous(*given)
                                : allocate(x, {shape.tokens, shape.slots}, ScalarType::Long);
   if (given) check_index_values(op, shape, indices);
 
@@ -262,7 +262,7 @@ Tensor topk_select(const Tensor& scores, int64_t top_k, int64_t score, const Opt
   const Selection given{bias, num_groups, topk_group, group_best, token_top_k};
   check_selection(op, scores, top_k, given);
 
-  const Tensor x = torch::stable::contiguous(scores);
+  const Tensor x = as_contiguous(scores);
   const OptionalTensor valid = contiguous(valid_mask);
   const Selection selection{contiguous(bias), num_groups, topk_group, group_best,
                             contiguous(token_top_k)};
@@ -312,7 +312,7 @@ Tensor gate_backward(const OptionalTensor& grad_weights, const OptionalTensor& g
   check_gradient("grad_lse", logits, grad_lse, {shape.tokens});
   check_gradient("grad_score_sums", logits, grad_score_sums, {shape.groups, shape.experts});
 
-  const Tensor x = torch::stable::contiguous(logits), best = torch::stable::contiguous(indices);
+  const Tensor x = as_contiguous(logits), best = as_contiguous(indices);
   const OptionalTensor valid = contiguous(valid_mask), offsets = contiguous(group_offsets);
   const OptionalTensor gw = contiguous(grad_weights), gl = contiguous(grad_lse),
                        gs = contiguous(grad_score_sums);

@@ -110,10 +110,6 @@ inline Tensor as_contiguous(const Tensor& tensor) {
 }
 inline std::optional<Tensor> contiguous(const std::optional<Tensor>& tensor) {
   return tensor ? std::optional(as_contiguous(*tensor)) : std::nullopt;
-// A call of torch's only where there is something to do: mostly there is not.
-inline std::optional<Tensor> contiguous(const std::optional<Tensor>& tensor) {
-  if (!tensor || tensor->is_contiguous()) return tensor;
-  return torch::stable::contiguous(*tensor);
 }
 
 }  // namespace torch_routers
