@@ -54,18 +54,22 @@ template <class T> class Array {
 // byte that it does not write, or a result that depends on one, makes the results differ.
 constexpr unsigned char kFills[2] = {0xA5, 0x5A};
 
+// Where the input is too short it goes on pseudo-random, by a seed in it: else most runs would be of
+// nothing but zeros.
 class Bytes : public FuzzedDataProvider {
  public:
-  using FuzzedDataProvider::FuzzedDataProvider;
+  Bytes(const std::uint8_t* data, std::size_t size)
+      : FuzzedDataProvider(data, size), seed_(ConsumeIntegral<std::uint32_t>()) {}
 
   std::int64_t integer(std::int64_t low, std::int64_t high) {
-    return ConsumeIntegralInRange(low, high);
+    return remaining_bytes() ? ConsumeIntegralInRange(low, high)
+                             : low + random() % (high - low + 1);
   }
   // Often small, where the special cases are.
   std::int64_t size(std::int64_t low, std::int64_t high) {
-    return integer(low, ConsumeBool() ? std::min(high, low + 8) : high);
+    return integer(low, integer(0, 3) ? std::min(high, low + 9) : high);
   }
-  bool flag() { return ConsumeBool(); }
+  bool flag() { return integer(0, 1); }
 
   // One that this machine has.
   Isa any_isa() { return static_cast<Isa>(integer(0, static_cast<std::int64_t>(isa()))); }
@@ -87,16 +91,17 @@ class Bytes : public FuzzedDataProvider {
   // [size + 1], ascending from 0 to `end`.
   Array<std::int64_t> offsets(std::int64_t size, std::int64_t end) {
     Array<std::int64_t> result(size + 1);
-    for (std::int64_t i = 1; i < size; ++i) result[i] = integer(0, end);
+    const Array<std::uint8_t> raw = bytes(size);
+    for (std::int64_t i = 1; i < size; ++i) result[i] = raw[i] * (end + 1) / 256;
     result[size] = end;
     std::sort(result.begin(), result.end());
     return result;
   }
 
-  // Any bits; or multiples of 1/8 in [-16, 16), many of them equal; or what is special.
-  template <class T> Array<T> numbers(std::int64_t size) {
+  // By kind: any bits; multiples of 1/8 in [-16, 16), many of them equal; what is special.
+  std::int64_t kind() { return integer(0, 2); }
+  template <class T> Array<T> numbers(std::int64_t size, std::int64_t kind) {
     Array<T> result(size);
-    const std::int64_t kind = integer(0, 2);
     if (kind == 0) {
       const Array<std::uint8_t> raw = bytes(size * sizeof(T));
       std::memcpy(static_cast<void*>(result.data()), raw.data(), raw.size());
@@ -126,12 +131,17 @@ class Bytes : public FuzzedDataProvider {
   }
 
  private:
-  // What the input is too short for is 0.
   Array<std::uint8_t> bytes(std::int64_t size) {
     Array<std::uint8_t> result(size);
-    ConsumeData(result.data(), size);
+    for (std::int64_t i = ConsumeData(result.data(), size); i < size; ++i) result[i] = random();
     return result;
   }
+  std::uint32_t random() {
+    seed_ = seed_ * 1664525u + 1013904223u;
+    return seed_ >> 16;
+  }
+
+  std::uint32_t seed_;
 };
 
 }  // namespace torch_routers::fuzz

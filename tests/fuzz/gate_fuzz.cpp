@@ -27,7 +27,7 @@ template <class S> struct Inputs {
   std::optional<Array<int64_t>> offsets, token_top_k;
 
   explicit Inputs(Bytes& bytes)
-      : shape{bytes.size(0, 200), 0, 0, bytes.size(1, 9)},
+      : shape{bytes.size(0, 140), 0, 0, bytes.size(1, 9)},
         weighing{static_cast<Score>(bytes.integer(0, 2)), bytes.flag(),
                  bytes.flag() ? C(0) : C(1e-20), bytes.flag() ? C(1) : C(2.5)},
         select(bytes.flag()),
@@ -48,16 +48,21 @@ template <class S> struct Inputs {
     }
     shape.slots = bytes.size(select, most);
 
-    logits = bytes.numbers<S>(shape.tokens * shape.experts);
-    if (!select) indices = bytes.integers(shape.tokens * shape.slots, -1, shape.experts - 1);
-    if (select && bytes.flag()) bias = bytes.numbers<C>(shape.experts);
-    if (select && bytes.flag()) token_top_k = bytes.integers(shape.tokens, 0, shape.slots);
+    const bool has_bias = select && bytes.flag(), has_top_k = select && bytes.flag();
+    const bool has_valid = bytes.flag(), has_offsets = shape.groups > 1 || bytes.flag();
+    const bool has_weights = bytes.flag(), has_lse = bytes.flag(), has_sums = bytes.flag();
+    const int64_t kind = bytes.kind(), grad_kind = bytes.kind();
+
+    if (has_bias) bias = bytes.numbers<C>(shape.experts, kind);
+    if (has_top_k) token_top_k = bytes.integers(shape.tokens, 0, shape.slots);
+    if (has_valid) valid = bytes.flags(shape.tokens);
+    if (has_offsets) offsets = bytes.offsets(shape.groups, shape.tokens);
     selection.bias = data(bias);
-    if (bytes.flag()) valid = bytes.flags(shape.tokens);
-    if (shape.groups > 1 || bytes.flag()) offsets = bytes.offsets(shape.groups, shape.tokens);
-    if (bytes.flag()) grad_weights = bytes.numbers<C>(shape.tokens * shape.slots);
-    if (bytes.flag()) grad_lse = bytes.numbers<C>(shape.tokens);
-    if (bytes.flag()) grad_score_sums = bytes.numbers<C>(shape.groups * shape.experts);
+    logits = bytes.numbers<S>(shape.tokens * shape.experts, kind);
+    if (!select) indices = bytes.integers(shape.tokens * shape.slots, -1, shape.experts - 1);
+    if (has_weights) grad_weights = bytes.numbers<C>(shape.tokens * shape.slots, grad_kind);
+    if (has_lse) grad_lse = bytes.numbers<C>(shape.tokens, grad_kind);
+    if (has_sums) grad_score_sums = bytes.numbers<C>(shape.groups * shape.experts, grad_kind);
   }
   int64_t slots_of(int64_t t) const { return token_top_k ? (*token_top_k)[t] : shape.slots; }
 };
@@ -170,7 +175,7 @@ template <class S> void check_results(const Inputs<S>& in, const Results<S>& out
 
 template <class S> void fuzz_gate(Bytes& bytes) {
   const Isa other = bytes.any_isa();
-  const double cut = bytes.ConsumeProbability<double>();
+  const double cut = bytes.integer(0, 100) / 100.0;
   const Inputs<S> in(bytes);
   const Results<S> out(in, Isa::Default, 1, kFills[0]);
   expect(out == Results<S>(in, other, cut, kFills[1]), "equal results of both runs");
