@@ -2,9 +2,9 @@
 
 from typing import TYPE_CHECKING, Any, Literal, overload
 
-import torch
 from torch import Tensor, nn
 
+from torch_routers import ops
 from torch_routers.delivery import require_destination
 from torch_routers.routers import Router
 from torch_routers.routing import Routing
@@ -16,7 +16,7 @@ class MoE(nn.Module):
     .. math::  y_t = \sum_j w_{tj} \, \mathrm{expert}_{i_{tj}}(x_t)
 
     Every token reaches all of its experts: nothing is dropped. The sum is taken in slot order, in
-    the dtype of the weights (float32), and rounded once.
+    float32 (float64 for float64 rows), and rounded once.
 
     Args:
         router: decides which expert sees which token.
@@ -70,22 +70,6 @@ class MoE(nn.Module):
         return (y, routing) if return_routing else y
 
     def _mix(self, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
-        hidden_size, slots = x.shape[-1], indices.shape[-1]
-        order, place, offsets = _sort_by_expert(indices.flatten(), self.router.num_experts)
-        rows = x.reshape(-1, hidden_size).index_select(0, order // slots)
-        rows = self.experts(rows, offsets).index_select(0, place)
-        rows = rows.view(*indices.shape, rows.shape[-1])
-        return (rows * weights.unsqueeze(-1)).sum(-2).to(x.dtype)
-
-
-def _sort_by_expert(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The slots in stable order of their experts, the place of each, and where each expert begins.
-
-    Empty slots (-1) come last, behind the last offset.
-    """
-    groups = torch.where(experts < 0, num_experts, experts)
-    order = groups.argsort(stable=True)
-    slots = torch.arange(order.shape[0], device=order.device)  # len() would fix the size in export
-    place = torch.empty_like(order).scatter(0, order, slots)
-    sizes = groups.new_zeros(num_experts + 2).scatter_add(0, groups + 1, torch.ones_like(groups))
-    return order, place, sizes.cumsum(0)[: num_experts + 1]
+        plan = ops.expert_plan(indices, self.router.num_experts)
+        rows = self.experts(ops.permute_tokens(x, plan), plan.offsets)
+        return ops.combine_tokens(rows, weights, plan).to(x.dtype)
