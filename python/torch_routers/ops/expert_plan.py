@@ -50,10 +50,8 @@ def expert_plan(indices: Tensor, num_experts: int, *, max_rows: int | None = Non
             [ 1,  2]])
     """
     if indices.dim() != 2:
-        check(
-            indices.dim() >= 1,
-            lambda: f"expert_plan: expected indices of shape [..., slots], got {[*indices.shape]}",
-        )
+        if indices.dim() == 0:
+            raise ValueError("expert_plan: expected indices of shape [..., slots], got []")
         indices = indices.flatten(0, -2) if indices.dim() > 2 else indices[None]
     return Plan(*_op(indices, num_experts, max_rows))
 
@@ -80,13 +78,11 @@ def expert_plan_from_weights(weights: Tensor, *, max_rows: int | None = None) ->
     (tensor([2, 1, 3]), tensor([1, 2]))
     """
     if weights.dim() != 2 or weights.shape[-1] < 1:
-        check(
-            weights.dim() >= 1 and weights.shape[-1] >= 1,
-            lambda: (
+        if weights.dim() == 0 or weights.shape[-1] < 1:
+            raise ValueError(
                 "expert_plan_from_weights: expected weights of shape [..., num_experts] with "
                 f"num_experts >= 1, got {[*weights.shape]}"
-            ),
-        )
+            )
         weights = weights.reshape(-1, weights.shape[-1])
     return Plan(*_from_weights_op(weights, max_rows))
 
