@@ -226,7 +226,7 @@ def test_no_tensor_outlives_its_use(case):
     before = live()
     for sample in samples:
         everything(case, sample)
-    assert live() == before
+    assert live() <= before  # fewer, where something of earlier tests went
 
 
 # ---- bad arguments -------------------------------------------------------------------------------
@@ -260,11 +260,13 @@ def spoiled_arguments(args):
     """The arguments with one of them changed."""
     for i, x in enumerate(args):
         if isinstance(x, torch.Tensor):
-            changes = spoiled(x.detach())
+            changes = (*spoiled(x.detach()), None)
+        elif isinstance(x, str):
+            changes = ("no such", None)
         elif isinstance(x, int) and not isinstance(x, bool):
             changes = (-(2**62), -1, 0, 1, x + 1, 10**6)
         elif isinstance(x, float):
-            changes = (float("nan"), -1.0)
+            changes = (float("nan"), -1.0, None)
         else:
             continue
         for change in changes:
@@ -285,6 +287,8 @@ def complaints(case):
                     name = overload._schema.name.removeprefix("torch_routers::")
                     assert re.match(rf"{name}: expected .+, got .+", message), message
                     yield message
+                except RuntimeError:  # torch's: None for what is not optional
+                    assert any(x is None for x in wrong)
 
 
 def checks():
@@ -297,6 +301,7 @@ def checks():
                 depth += {"(": 1, ")": -1}.get(text[end], 0)
                 end += 1
             literals = re.findall(r'"((?:[^"\\]|\\.)*)"', text[match.end() : end])
+            literals = [x for x in literals if " " in x]  # else one of several words
             line = text.count("\n", 0, match.start()) + 1
             yield f"{path.name}:{line}", literals
 
