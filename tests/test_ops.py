@@ -210,6 +210,17 @@ def test_transforms(case, sample, transform):
     assert_close(actual, expected, rtol=1e-9, atol=1e-9)
 
 
+@for_each(smooth, first=1)
+def test_forward_mode_over_itself_is_refused(case, sample):
+    """Torch drops mixed second derivatives of any ``autograd.Function`` there."""
+    inputs = [x.detach() for x in differentiable_inputs(sample)]
+    function = function_of(case, sample)
+    with pytest.raises(NotImplementedError, match="at most one level of forward mode, got 2"):
+        torch.func.jacfwd(torch.func.jacfwd(lambda x: weighted_sum(function(x, *inputs[1:]))))(
+            inputs[0]
+        )
+
+
 def one_by_one(transform, case, sample, inputs):
     """``transform`` with torch.func.vmap replaced by a loop, on the reference."""
     vmap = torch.func.vmap

@@ -82,6 +82,12 @@ def differentiable(
     # but import the compiler, a second's work, together with this library.)
     @torch._disable_dynamo
     def apply_transformed(*inputs):
+        if _forward_levels() > 1:
+            raise NotImplementedError(
+                f"{name}: expected at most one level of forward mode, got {_forward_levels()}: "
+                "torch would drop the mixed second derivative. Use torch.func.hessian, or forward "
+                "over reverse mode"
+            )
         return transformed.apply(*inputs)
 
     def call(*inputs):
@@ -138,6 +144,12 @@ def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
     device = x.device.type
     enabled = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     return torch.get_autocast_dtype(device) if enabled else None
+
+
+def _forward_levels() -> int:
+    """Of ``torch.func``; those of ``forward_ad`` do not nest."""
+    stack = torch._C._functorch.get_interpreter_stack() or ()
+    return sum(level.key() == torch._C._functorch.TransformType.Jvp for level in stack)
 
 
 def _is_plain_eager(inputs) -> bool:
