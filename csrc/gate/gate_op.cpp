@@ -158,8 +158,8 @@ Results run(const char* op, const Tensor& logits, const OptionalTensor& given,
   const OptionalTensor valid = contiguous(valid_mask), offsets = contiguous(group_offsets);
   const OptionalTensor bias = contiguous(selection.bias), top = contiguous(selection.token_top_k);
   check_offsets(op, shape, offsets);
-  const Tensor indices = given ? as_contiguous(*given)
-                               : allocate(x, {shape.tokens, shape.slots}, ScalarType::Long);
+  const Tensor indices =
+      given ? as_contiguous(*given) : allocate(x, {shape.tokens, shape.slots}, ScalarType::Long);
   if (given) check_index_values(op, shape, indices);
 
   const auto [tokens, experts, slots, groups] = shape;
