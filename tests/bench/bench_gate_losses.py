@@ -49,7 +49,7 @@ def _scatter(logits, indices):
 
 def ours(logits, k):
     weights, indices, statistics = ops.topk_gate(logits, k, statistics=True)
-    return weights, indices, ops.router_losses(statistics, k, balance=BALANCE, z=Z).total
+    return weights, indices, ops.router_losses(statistics, balance=BALANCE, z=Z).total
 
 
 def rows(options: Options) -> Iterator[Row]:
