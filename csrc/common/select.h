@@ -10,11 +10,11 @@
 
 namespace torch_routers {
 
-// rank_key as a signed integer, the only kind that every instruction set compares. The key of no
-// value is the smallest integer.
-template <class T> constexpr SignedBits<T> kNoKey =
-    SignedBits<T>(Bits<T>{1} << (8 * sizeof(T) - 1));
+// The key of no value: the smallest integer.
+template <class Key> constexpr Key kNone = Key(std::uint64_t{1} << (8 * sizeof(Key) - 1));
+template <class T> constexpr SignedBits<T> kNoKey = kNone<SignedBits<T>>;
 
+// rank_key as a signed integer, the only kind that every instruction set compares.
 template <class T> static inline SignedBits<T> signed_key(T value) {
   return static_cast<SignedBits<T>>(rank_key(value) ^ static_cast<Bits<T>>(kNoKey<T>));
 }
@@ -38,9 +38,7 @@ static inline Key threshold(const Key* keys, int64_t size, int64_t slots) {
   Key above[kGroups] = {};  // how many groups have a larger key
   for (int h = 0; h < kGroups; ++h)
     for (int g = 0; g < kGroups; ++g) above[g] += largest[h] > largest[g];
-  Key result = largest[0];
-  for (int g = 0; g < kGroups; ++g)
-    if (above[g] < slots) result = largest[g];
+  Key result = ~kNone<Key>;
   for (int g = 0; g < kGroups; ++g)
     result = above[g] < slots && largest[g] < result ? largest[g] : result;
   return result;
@@ -128,8 +126,7 @@ static inline void by_radix(const Key* keys, int64_t size, int64_t slots, int64_
 template <class Key>
 static inline void select_keys(Key* keys, std::int64_t size, std::int64_t slots,
                                std::int64_t* best) {
-  constexpr Key kNone = Key(std::uint64_t{1} << (8 * sizeof(Key) - 1));
-  for (std::int64_t i = 0; i < kKeyPadding; ++i) keys[size + i] = kNone;
+  for (std::int64_t i = 0; i < kKeyPadding; ++i) keys[size + i] = kNone<Key>;
   const bool done = slots <= 8    ? select::by_rank<16>(keys, size, slots, best)
                     : slots <= 16 ? select::by_rank<32>(keys, size, slots, best)
                                   : slots <= 32 && select::by_rank<64>(keys, size, slots, best);

@@ -17,6 +17,7 @@ template <class C> struct Buffers {
   SignedBits<C>* keys;
 };
 template <class C> struct StackBuffers {
+  static_assert(GateShape::kRowPadding >= kKeyPadding);
   static constexpr int64_t kSize = GateShape::kStackRow + GateShape::kRowPadding;
   alignas(64) C x[kSize], scores[kSize], values[kSize], slots[kSize];
   alignas(64) SignedBits<C> keys[kSize];

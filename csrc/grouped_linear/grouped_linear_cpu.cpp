@@ -1,19 +1,12 @@
 #include "common/row.h"
 #include "common/scalar.h"
+#include "common/vector.h"
 #include "grouped_linear/grouped_linear_kernel.h"
 
 namespace torch_routers::TORCH_ROUTERS_ISA {
 namespace {
 
 using std::int64_t;
-
-#if defined(__AVX512F__)
-constexpr int kVectorBytes = 64;
-#elif defined(__AVX__)
-constexpr int kVectorBytes = 32;
-#else
-constexpr int kVectorBytes = 16;
-#endif
 
 // A block of kBlockBytes is what all instruction sets have in common: a running sum per element.
 // Tiles are as large as the registers allow, which changes no order of summation.
@@ -22,12 +15,6 @@ constexpr int kTileRows = kVectorBytes == 64 ? 4 : kVectorBytes == 32 ? 2 : 1;
 constexpr int kTileColumns = kVectorBytes == 64 ? 4 : 2;
 constexpr int64_t kDepth = 512;
 
-template <class C> struct VectorOf {
-  typedef C type __attribute__((vector_size(kVectorBytes)));
-  static constexpr int kSize = kVectorBytes / sizeof(C);
-};
-template <class C> using Vector = typename VectorOf<C>::type;
-
 template <class C> struct Block {
   Vector<C> part[kParts];
 };
@@ -35,16 +22,8 @@ template <class T> constexpr int kBlockSize = kBlockBytes / sizeof(Compute<T>);
 
 // Numbers as they are stored, from and to vectors of Compute<T>.
 typedef std::uint16_t HalfBits __attribute__((vector_size(kVectorBytes / 2)));
-inline Vector<float> load_part(const float* from) {
-  Vector<float> v;
-  __builtin_memcpy(&v, from, sizeof v);
-  return v;
-}
-inline Vector<double> load_part(const double* from) {
-  Vector<double> v;
-  __builtin_memcpy(&v, from, sizeof v);
-  return v;
-}
+inline Vector<float> load_part(const float* from) { return load_vector(from); }
+inline Vector<double> load_part(const double* from) { return load_vector(from); }
 template <class T> inline Vector<std::uint32_t> load_bits(const T* from) {
   HalfBits bits;
   __builtin_memcpy(&bits, from, sizeof bits);
@@ -64,8 +43,7 @@ inline Vector<float> load_part(const Float16* from) {  // the formula of load(Fl
 
 template <class T> inline Block<Compute<T>> load_block(const T* from) {
   Block<Compute<T>> block;
-  for (int p = 0; p < kParts; ++p)
-    block.part[p] = load_part(from + p * VectorOf<Compute<T>>::kSize);
+  for (int p = 0; p < kParts; ++p) block.part[p] = load_part(from + p * kWidth<Compute<T>>);
   return block;
 }
 
@@ -99,7 +77,7 @@ inline void store_part(Float16* to, Vector<float> v) {
 }
 
 template <class T> inline void store_block(T* to, const Block<Compute<T>>& block) {
-  for (int p = 0; p < kParts; ++p) store_part(to + p * VectorOf<Compute<T>>::kSize, block.part[p]);
+  for (int p = 0; p < kParts; ++p) store_part(to + p * kWidth<Compute<T>>, block.part[p]);
 }
 
 // Its first `size` elements.
@@ -120,7 +98,7 @@ template <class C> inline void add(Block<C>& to, const Block<C>& block) {
 template <class C, int half> inline Vector<C> halves(Vector<C> a, Vector<C> b, bool upper) {
   using Index = Vector<Bits<C>>;
   Index index;
-  for (int lane = 0; lane < VectorOf<C>::kSize; ++lane)
+  for (int lane = 0; lane < kWidth<C>; ++lane)
     index[lane] = lane / half * 2 * half + lane % half + (upper ? half : 0);
   return __builtin_shuffle(a, b, index);
 }
@@ -162,7 +140,7 @@ inline void dot_tile(const T* x, int64_t x_stride, const T* w, int64_t w_stride,
     add([&](const T* row) { return load_block(row + k); });
   if (k < depth) add([&](const T* row) { return load_block(row + k, depth - k); });
 
-  constexpr int count = rows * columns, kSize = VectorOf<C>::kSize;
+  constexpr int count = rows * columns, kSize = kWidth<C>;
   Vector<C> v[count];
 #pragma GCC unroll 16
   for (int n = 0; n < count; ++n) {

@@ -12,7 +12,6 @@ namespace {
 
 using std::int64_t;
 using OptionalTensor = std::optional<Tensor>;
-using torch::stable::contiguous, torch::stable::new_empty;
 constexpr auto op = "limit_capacity";
 
 DropPolicy policy_of(const std::string& name) {
@@ -138,11 +137,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> limit_capacity(
   const DropPolicy policy = policy_of(policy_name);
   const CapacityShape s = check_shape(order, inverse, offsets, dropped, capacity, group_offsets);
   check_policy(s, policy, scores, seed, row_ids, order);
-  const Tensor o = contiguous(order), i = contiguous(inverse), ends = contiguous(offsets),
-               c = contiguous(capacity);
-  const OptionalTensor x = torch_routers::contiguous(scores),
-                       ids = torch_routers::contiguous(row_ids),
-                       groups = torch_routers::contiguous(group_offsets);
+  const Tensor o = as_contiguous(order), i = as_contiguous(inverse), ends = as_contiguous(offsets),
+               c = as_contiguous(capacity);
+  const OptionalTensor x = contiguous(scores), ids = contiguous(row_ids),
+                       groups = contiguous(group_offsets);
   if (o.is_cpu()) {
     check_offsets("plan.offsets", ends, s.rows, "the number of rows", true);
     check_rows(s, o, i, ends);
@@ -151,12 +149,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> limit_capacity(
       check(data<int64_t>(c)[g] >= 0, op, ": expected capacity >= 0, got ", data<int64_t>(c)[g]);
   }
 
-  const Tensor new_order = new_empty(o, {s.rows}), new_inverse = new_empty(o, {s.tokens, s.slots});
-  const Tensor new_counts = new_empty(o, {s.experts}), new_offsets = new_empty(o, {s.experts + 1});
-  const Tensor new_dropped = new_empty(o, {});
-  const Tensor keys = new_empty(o, {s.rows}), new_rows = new_empty(o, {s.rows});
+  const Tensor new_order = allocate(o, {s.rows}), new_inverse = allocate(o, {s.tokens, s.slots});
+  const Tensor new_counts = allocate(o, {s.experts}), new_offsets = allocate(o, {s.experts + 1});
+  const Tensor new_dropped = allocate(o, {});
+  const Tensor keys = allocate(o, {s.rows}), new_rows = allocate(o, {s.rows});
   const Tensor scratch =
-      new_empty(o, {s.num_segments(), static_cast<int64_t>(sizeof(Segment))}, ScalarType::Byte);
+      allocate(o, {s.num_segments(), static_cast<int64_t>(sizeof(Segment))}, ScalarType::Byte);
   auto* segments = mutable_data<Segment>(scratch);
 
   const auto run = [&](const auto& params, int64_t count, int64_t cost) {

@@ -84,10 +84,10 @@ template <class T> T* mutable_data(const std::optional<Tensor>& tensor) {
   return tensor ? mutable_data<T>(*tensor) : nullptr;
 }
 
-// An uninitialised tensor where `like` is, contiguous. (torch::stable::new_empty goes through the
+// An uninitialised tensor where `like` is, contiguous; in its dtype by default. (torch::stable::new_empty goes through the
 // dispatcher twice, which costs more than a small kernel.)
 inline Tensor allocate(const Tensor& like, std::initializer_list<std::int64_t> sizes,
-                       ScalarType dtype) {
+                       std::optional<ScalarType> dtype = std::nullopt) {
   std::int64_t strides[8], step = 1;
   for (std::size_t d = sizes.size(); d-- > 0;) {
     strides[d] = step;
@@ -97,10 +97,11 @@ inline Tensor allocate(const Tensor& like, std::initializer_list<std::int64_t> s
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &index));
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      static_cast<std::int64_t>(sizes.size()), sizes.begin(), strides,
-      torch::stable::detail::to<std::int32_t>(torch::stable::detail::from(dtype)), device, index,
-      &handle));
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(static_cast<std::int64_t>(sizes.size()), sizes.begin(), strides,
+                               torch::stable::detail::to<std::int32_t>(
+                                   torch::stable::detail::from(dtype.value_or(like.scalar_type()))),
+                               device, index, &handle));
   return Tensor(handle);
 }
 

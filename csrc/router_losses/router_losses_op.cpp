@@ -12,7 +12,6 @@ namespace {
 using std::int64_t;
 using OptionalTensor = std::optional<Tensor>;
 using Weight = std::optional<double>;  // none: the loss is not asked for
-using torch::stable::new_empty;
 
 // What both operators get.
 struct Inputs {
@@ -67,7 +66,7 @@ struct Inputs {
     lse = z ? contiguous(lse) : std::nullopt;
     score_sums = has_scores() ? contiguous(score_sums) : std::nullopt;
     counts = balance ? contiguous(counts) : std::nullopt;
-    group_tokens = torch::stable::contiguous(group_tokens);
+    group_tokens = as_contiguous(group_tokens);
   }
 
   template <class T>
@@ -109,9 +108,9 @@ std::tuple<Tensor, Tensor> router_losses(const OptionalTensor& lse,
   in.prepare();
   const Tensor& first = in.first();
   const RouterLossesShape shape = in.shape();
-  const Tensor total = new_empty(first, {}), values = new_empty(first, {3});
+  const Tensor total = allocate(first, {}), values = allocate(first, {3});
   OptionalTensor squares;
-  if (z && shape.blocks() > 1) squares = new_empty(first, {shape.blocks()}, ScalarType::Double);
+  if (z && shape.blocks() > 1) squares = allocate(first, {shape.blocks()}, ScalarType::Double);
   dispatch_float_double(in.op, z ? "lse" : "score_sums", first, [&]<class T>() {
     if (squares)
       run(first, shape.blocks(), shape.kBlock,
@@ -147,9 +146,9 @@ std::tuple<Tensor, Tensor> router_losses_backward(
   const RouterLossesShape shape = in.shape();
   const bool has_scores = in.has_scores();
   const int64_t groups = has_scores ? shape.groups : 0, experts = has_scores ? shape.experts : 0;
-  const Tensor grad_lse = new_empty(first, {shape.tokens});
-  const Tensor grad_score_sums = new_empty(first, {groups, experts});
-  const Tensor slopes = new_empty(first, {1 + shape.sets() * experts}, ScalarType::Double);
+  const Tensor grad_lse = allocate(first, {shape.tokens});
+  const Tensor grad_score_sums = allocate(first, {groups, experts});
+  const Tensor slopes = allocate(first, {1 + shape.sets() * experts}, ScalarType::Double);
   double* slope = mutable_data<double>(slopes);
   dispatch_float_double(in.op, z ? "lse" : "score_sums", first, [&]<class T>() {
     run(first, 1, 1, in.params<T>(nullptr, nullptr, nullptr, slope, slope + 1));

@@ -11,15 +11,6 @@ namespace {
 
 using std::int64_t;
 using OptionalTensor = std::optional<Tensor>;
-using torch::stable::new_empty;
-
-// Without a call of the dispatcher, which costs more than a small kernel, where there is nothing to do.
-Tensor dense(const Tensor& tensor) {
-  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
-}
-OptionalTensor dense(const OptionalTensor& tensor) {
-  return tensor ? OptionalTensor(dense(*tensor)) : std::nullopt;
-}
 
 // A plan whose values have been checked, where they can be: on CUDA that would wait for the device.
 struct CheckedPlan {
@@ -47,7 +38,7 @@ void check_plan_shape(const char* op, const Tensor& order, const Tensor& inverse
 // Order and inverse are each other's inverse: each used row names a slot that names it, and there
 // are no more slots that name a row.
 CheckedPlan checked_plan(const char* op, const Tensor& order, const Tensor& inverse) {
-  CheckedPlan plan{dense(order), dense(inverse)};
+  CheckedPlan plan{as_contiguous(order), as_contiguous(inverse)};
   if (!order.is_cpu()) return plan;
   const int64_t *slot_of = data<int64_t>(plan.order), *row_of = data<int64_t>(plan.inverse);
   const int64_t slots = plan.tokens() * plan.slots();
@@ -127,9 +118,9 @@ Tensor permute_tokens(const Tensor& x, const OptionalTensor& weights, const Tens
   dispatch_floating(op, "x", x, [&]<class T>() {
     check_weights(op, weights, x, inverse);
     const CheckedPlan plan = checked_plan(op, order, inverse);
-    const Tensor tokens = dense(x);
-    const OptionalTensor w = dense(weights);
-    rows = new_empty(x, {plan.max_rows(), x.size(1)});
+    const Tensor tokens = as_contiguous(x);
+    const OptionalTensor w = contiguous(weights);
+    rows = allocate(x, {plan.max_rows(), x.size(1)});
     launch_tokens(x, Permute<T>{plan.of_width(x.size(1)), data<T>(tokens), data<Compute<T>>(w),
                                 mutable_data<T>(rows)});
     clear_unused<T>(plan, rows);
@@ -147,9 +138,9 @@ Tensor combine_tokens(const Tensor& rows, const OptionalTensor& weights, const T
   dispatch_floating(op, "rows", rows, [&]<class T>() {
     check_weights(op, weights, rows, inverse);
     const CheckedPlan plan = checked_plan(op, order, inverse);
-    const Tensor r = dense(rows);
-    const OptionalTensor w = dense(weights);
-    y = new_empty(rows, {plan.tokens(), rows.size(1)});
+    const Tensor r = as_contiguous(rows);
+    const OptionalTensor w = contiguous(weights);
+    y = allocate(rows, {plan.tokens(), rows.size(1)});
     launch_tokens(y, Combine<T>{plan.of_width(rows.size(1)), data<T>(r), data<Compute<T>>(w),
                                 mutable_data<T>(y)});
   });
@@ -173,12 +164,12 @@ std::tuple<Tensor, Tensor> combine_backward(const Tensor& grad, const Tensor& ro
   dispatch_floating(op, "grad", grad, [&]<class T>() {
     check_weights(op, weights, rows, inverse);
     const CheckedPlan plan = checked_plan(op, order, inverse);
-    const Tensor g = dense(grad), r = dense(rows);
-    const OptionalTensor w = dense(weights);
-    grad_rows = new_empty(grad, {weights ? plan.max_rows() : 0, grad.size(1)});
-    grad_weights = new_empty(
-        grad, {plan.tokens(), plan.slots()},
-        grad.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float);
+    const Tensor g = as_contiguous(grad), r = as_contiguous(rows);
+    const OptionalTensor w = contiguous(weights);
+    grad_rows = allocate(grad, {weights ? plan.max_rows() : 0, grad.size(1)});
+    grad_weights =
+        allocate(grad, {plan.tokens(), plan.slots()},
+                 grad.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float);
     launch_tokens(grad, CombineBackward<T>{plan.of_width(grad.size(1)), data<T>(g), data<T>(r),
                                            data<Compute<T>>(w), mutable_data<T>(grad_rows),
                                            mutable_data<Compute<T>>(grad_weights)});
