@@ -35,6 +35,24 @@ template <class T> static inline void store_vector(T* to, Vector<T> value) {
   memcpy(to, &value, sizeof value);
 }
 
+// to[c * to_stride + r] = from[r * from_stride + c] for four rows of four.
+static inline void transpose_4x4(const float* from, std::int64_t from_stride, float* to,
+                                 std::int64_t to_stride) {
+  typedef float Four __attribute__((vector_size(16)));
+  typedef std::int32_t Places __attribute__((vector_size(16)));
+  constexpr Places kLow = {0, 4, 1, 5}, kHigh = {2, 6, 3, 7};
+  Four rows[4];
+  for (int r = 0; r < 4; ++r) memcpy(&rows[r], from + r * from_stride, sizeof rows[r]);
+  const Four low02 = __builtin_shuffle(rows[0], rows[2], kLow),
+             low13 = __builtin_shuffle(rows[1], rows[3], kLow),
+             high02 = __builtin_shuffle(rows[0], rows[2], kHigh),
+             high13 = __builtin_shuffle(rows[1], rows[3], kHigh);
+  const Four columns[4] = {
+      __builtin_shuffle(low02, low13, kLow), __builtin_shuffle(low02, low13, kHigh),
+      __builtin_shuffle(high02, high13, kLow), __builtin_shuffle(high02, high13, kHigh)};
+  for (int c = 0; c < 4; ++c) memcpy(to + c * to_stride, &columns[c], sizeof columns[c]);
+}
+
 // Appends those of 16 keys that are not below `bound` to `kept`, and their indices, of which the
 // first is `index`, to `indices`; returns how many. What is behind those may be overwritten.
 template <class Key>

@@ -2,6 +2,8 @@
 // so that nothing is added or compared across a vector. Included by gate_cpu.cpp alone.
 #pragma once
 
+#include <type_traits>
+
 #include "gate/gate_row.h"
 
 namespace torch_routers::TORCH_ROUTERS_ISA {
@@ -21,7 +23,7 @@ template <class C> struct Tile {
   alignas(64) Lanes<C> slots[kTileSlots];     // logits, scores, weights
   alignas(64) Lanes<C> max, sum, scale;       // of the softmax over all experts
   alignas(64) Lanes<SignedBits<C>> index[kTileSlots];
-  bool is_live[kLanes];
+  bool is_live[kLanes], all_live;
 };
 
 // f(l) for the lanes; the loop that becomes vectors.
@@ -36,16 +38,35 @@ template <class C, class Term> void sum_lanes(int64_t experts, const Term& term,
   each_lane([&](int l) { result[l] = (parts[0][l] + parts[1][l]) + (parts[2][l] + parts[3][l]); });
 }
 
+// Four by four where that is possible: those of the experts before the result.
+int64_t transpose_tile(const float* rows, int64_t experts, Lanes<float>* lanes) {
+  for (int64_t e = 0; e + 4 <= experts; e += 4)
+    for (int l = 0; l < kLanes; l += 4)
+      transpose_4x4(rows + l * experts + e, experts, &lanes[e][l], kLanes);
+  return experts / 4 * 4;
+}
+int64_t transpose_tile(const Lanes<float>* lanes, int64_t experts, float* rows) {
+  for (int64_t e = 0; e + 4 <= experts; e += 4)
+    for (int l = 0; l < kLanes; l += 4)
+      transpose_4x4(&lanes[e][l], kLanes, rows + l * experts + e, experts);
+  return experts / 4 * 4;
+}
+
 template <class S, class Params>
 void load_tile(const Params& p, int64_t first, int64_t count, Tile<Compute<S>>& tile) {
+  const int64_t experts = p.experts;
+  const S* rows = p.logits + first * experts;
+  int64_t done = 0;
+  tile.all_live = count == kLanes;
   for (int64_t l = 0; l < kLanes; ++l) {
     tile.is_live[l] = l < count && !is_masked(p, first + l);
-    const S* row = p.logits + (first + l) * p.experts;
-    if (tile.is_live[l])
-      for (int64_t e = 0; e < p.experts; ++e) tile.x[e][l] = load(row[e]);
-    else
-      for (int64_t e = 0; e < p.experts; ++e) tile.x[e][l] = 0;
+    tile.all_live &= tile.is_live[l];
   }
+  if constexpr (std::is_same_v<S, float>)
+    if (tile.all_live) done = transpose_tile(rows, experts, tile.x);
+  for (int64_t l = 0; done < experts && l < kLanes; ++l)
+    for (int64_t e = done; e < experts; ++e)
+      tile.x[e][l] = tile.is_live[l] ? load(rows[l * experts + e]) : Compute<S>{0};
 }
 
 template <class C>
@@ -158,43 +179,47 @@ void gate_tile(const Gate<S>& p, int64_t first, int64_t count, int64_t* counts,
                Tile<Compute<S>>& tile, const Buffers<Compute<S>>& b) {
   using C = Compute<S>;
   load_tile<S>(p, first, count, tile);
-  int64_t* indices = p.indices + first * p.slots;
-  const bool by_network = p.select && p.selection.by_logits() && p.slots <= kNetworkSlots;
-  if (by_network) select_tile(p.experts, p.slots, tile);
-  for (int64_t l = 0; by_network && l < kLanes; ++l) {
-    const int64_t used = !tile.is_live[l] ? 0 : p.token_top_k ? p.token_top_k[first + l] : p.slots;
-    for (int64_t j = used; j < p.slots; ++j) tile.index[j][l] = -1;
+  const int64_t experts = p.experts, slots = p.slots;  // not read again after each store
+  int64_t* indices = p.indices + first * slots;
+  const bool by_network = p.select && p.selection.by_logits() && slots <= kNetworkSlots;
+  if (by_network) {
+    select_tile(experts, slots, tile);
+    for (int64_t l = 0; (p.token_top_k || !tile.all_live) && l < kLanes; ++l) {
+      const int64_t used = !tile.is_live[l] ? 0 : p.token_top_k ? p.token_top_k[first + l] : slots;
+      for (int64_t j = used; j < slots; ++j) tile.index[j][l] = -1;
+    }
+    for (int64_t j = 0; j < slots; ++j)
+      for (int64_t l = 0; l < count; ++l) indices[l * slots + j] = tile.index[j][l];
   }
-  for (int64_t l = 0; p.select && l < count; ++l) {
-    int64_t* best = indices + l * p.slots;
-    if (by_network) {
-      for (int64_t j = 0; j < p.slots; ++j) best[j] = tile.index[j][l];
-    } else if (tile.is_live[l]) {
-      select_row<kScore>(p, load_row(p.logits + (first + l) * p.experts, p.experts, b.x), b, best);
+  for (int64_t l = 0; p.select && !by_network && l < count; ++l) {
+    int64_t* best = indices + l * slots;
+    if (tile.is_live[l]) {
+      select_row<kScore>(p, load_row(p.logits + (first + l) * experts, experts, b.x), b, best);
       empty_slots(p, first + l);
     } else {
-      for (int64_t j = 0; j < p.slots; ++j) best[j] = -1;
+      for (int64_t j = 0; j < slots; ++j) best[j] = -1;
     }
   }
   if (!p.weighs()) return;
-  if (!by_network) load_indices(indices, count, p.slots, tile);
+  if (!by_network) load_indices(indices, count, slots, tile);
 
   const bool of_slots = kScore == Score::Softmax && p.weighing.of_slots();
-  if (p.lse || (kScore == Score::Softmax && !of_slots)) softmax_tile(p.experts, tile);
-  load_slots(p.slots, tile);
+  if (p.lse || (kScore == Score::Softmax && !of_slots)) softmax_tile(experts, tile);
+  load_slots(slots, tile);
   alignas(64) Lanes<C> all;
   if (of_slots)
-    softmax_of_slots(p.slots, tile);
+    softmax_of_slots(slots, tile);
   else
-    scores_of_slots<kScore>(p.weighing, p.slots, tile, all);
-  for (int64_t j = 0; j < p.slots; ++j)
+    scores_of_slots<kScore>(p.weighing, slots, tile, all);
+  for (int64_t j = 0; j < slots; ++j)
     each_lane([&](int l) {
       const C w = of_slots ? tile.slots[j][l] : tile.slots[j][l] / all[l];
       tile.slots[j][l] = tile.index[j][l] < 0 ? C{0} : p.weighing.scale * w;
     });
-  for (int64_t l = 0; l < count; ++l)
-    for (int64_t j = 0; j < p.slots; ++j) {
-      p.weights[(first + l) * p.slots + j] = tile.slots[j][l];
+  C* weights = p.weights + first * slots;
+  for (int64_t j = 0; j < slots; ++j)
+    for (int64_t l = 0; l < count; ++l) {
+      weights[l * slots + j] = tile.slots[j][l];
       if (tile.index[j][l] >= 0) ++counts[tile.index[j][l]];
     }
   if (!p.lse) return;
@@ -204,9 +229,9 @@ void gate_tile(const Gate<S>& p, int64_t first, int64_t count, int64_t* counts,
     lse[l] = tile.sum[l] == 0 ? kLowest<C> : static_cast<C>(tile.max[l] + own_log(tile.sum[l]));
   });
   for (int64_t l = 0; l < count; ++l) p.lse[first + l] = tile.is_live[l] ? lse[l] : C{0};
-  score_tile<kScore>(p.experts, tile, tile.scores, factor);
+  score_tile<kScore>(experts, tile, tile.scores, factor);
   each_lane([&](int l) { factor[l] = tile.is_live[l] ? factor[l] : C{0}; });
-  for (int64_t e = 0; e < p.experts; ++e)
+  for (int64_t e = 0; e < experts; ++e)
     each_lane([&](int l) { tile.sums[e][l] += factor[l] * tile.scores[e][l]; });
 }
 
@@ -280,10 +305,15 @@ void gate_tile(const GateBackward<S>& p, int64_t first, int64_t count, int64_t g
   for (int64_t l = 0; l < count; ++l) {
     for (int64_t j = 0; p.grad_weights && j < p.slots; ++j)
       if (tile.index[j][l] >= 0) dx[tile.index[j][l]][l] += tile.slots[j][l];
-    S* grad_logits = p.grad_logits + (first + l) * p.experts;
-    for (int64_t e = 0; e < p.experts; ++e)
-      store(grad_logits + e, tile.is_live[l] ? dx[e][l] : C{0});
   }
+  const int64_t experts = p.experts;
+  S* rows = p.grad_logits + first * experts;
+  int64_t done = 0;
+  if constexpr (std::is_same_v<S, float>)
+    if (tile.all_live) done = transpose_tile(dx, experts, rows);
+  for (int64_t l = 0; done < experts && l < count; ++l)
+    for (int64_t e = done; e < experts; ++e)
+      store(rows + l * experts + e, tile.is_live[l] ? dx[e][l] : C{0});
 }
 
 }  // namespace
