@@ -5,16 +5,20 @@ from torch_routers import _library  # noqa: F401  (first: everything needs its o
 
 # isort: on
 from torch_routers import losses, ops
+from torch_routers.balancing import BalanceController, parameter_groups
 from torch_routers.delivery import attach, collect, follow_inputs
 from torch_routers.layers import MLPExperts, MoE, SwiGLUExperts
 from torch_routers.registry import create_router, from_config, list_routers
 from torch_routers.routers import HashRouter, Router, RouterTraits, TopKRouter
+from torch_routers.routers.base import CrossBatchRoutingWarning
 from torch_routers.routers.topk import ZeroRouterGradientWarning
 from torch_routers.routing import Routing
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "BalanceController",
+    "CrossBatchRoutingWarning",
     "HashRouter",
     "MLPExperts",
     "MoE",
@@ -32,4 +36,5 @@ __all__ = [
     "list_routers",
     "losses",
     "ops",
+    "parameter_groups",
 ]

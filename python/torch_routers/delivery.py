@@ -209,6 +209,44 @@ class Deliver(torch.autograd.Function):
         return grad, scale, None
 
 
+# ---- counted -------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("torch_routers::_add_after", mutates_args=("load",))
+def _add_after(load: Tensor, counts: Tensor, grad: Tensor) -> None:
+    """Adds ``counts`` to ``load`` once ``grad`` exists; an operator for the reason above."""
+    load.add_(counts)
+
+
+class Count(torch.autograd.Function):
+    """Identity on ``weights`` whose backward adds ``counts`` to ``load``.
+
+    In backward, because that runs once per micro-batch however often checkpointing repeats the
+    forward, and never in evaluation. A second backward through a retained graph counts nothing,
+    save under a compiler, and where a reentrant checkpoint builds the graph anew.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(weights, counts, load):
+        return weights.view_as(weights)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, ctx.counts, ctx.load = inputs
+        ctx.counted = False
+
+    @staticmethod
+    def backward(ctx, grad):
+        if torch.compiler.is_compiling():
+            _add_after(ctx.load, ctx.counts, grad)
+        elif not ctx.counted:
+            ctx.load.add_(ctx.counts)
+            ctx.counted = True
+        return grad, None, None
+
+
 # ---- context from the model's root ---------------------------------------------------------------
 
 

@@ -1,6 +1,7 @@
 """The base of all routers."""
 
 import inspect
+import warnings
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_routers._autograd import autocast_dtype
-from torch_routers.delivery import Deliver, Inputs, in_backward
+from torch_routers.delivery import Count, Deliver, Inputs, in_backward
 from torch_routers.losses import RouterLoss
 from torch_routers.losses.base import evaluate
 from torch_routers.registry import Configurable
@@ -24,13 +25,31 @@ class RouterTraits(NamedTuple):
     """Whether the routing of a token depends on other tokens, and on which."""
     causal: bool = True
     """Whether it depends on the past alone."""
+    drops_tokens: bool = False
+    """Whether slots can stay empty because an expert is full."""
+    random: bool = False
+    """Whether it draws random numbers, in training alone."""
     needs: tuple[str, ...] = ()
     """Context that a call must bring, such as ``token_ids``."""
 
 
 #: Context that tells about tokens: given to every router, whether it looks or not. Any other
 #: context asks for something, and a router that does not know it says so.
-FACTS = ("token_ids", "row_ids", "group_ids", "task_ids", "state")
+FACTS = ("token_ids", "row_ids", "group_offsets", "task_ids", "state")
+
+
+class CrossBatchRoutingWarning(UserWarning):
+    """In eval mode, tokens of one sequence would change the routing of another.
+
+    With capacities whoever shares a batch with a victim can push its tokens out of their experts
+    (arXiv 2402.05526).
+    """
+
+
+def check_choice(caller: str, name: str, value: Any, choices: Sequence[Any]) -> None:
+    """An error for a value that is not among those to choose from."""
+    if value not in choices:
+        raise ValueError(f"{caller}: expected {name} among {list(choices)}, got {value!r}")
 
 
 class Router(Configurable, nn.Module):
@@ -44,7 +63,12 @@ class Router(Configurable, nn.Module):
     `ops.gate` see to that when they get ``valid_mask``.
     """
 
-    traits: ClassVar[RouterTraits] = RouterTraits()
+    #: Of the class; an instance whose arguments change them has its own.
+    traits: RouterTraits = RouterTraits()
+
+    #: What to do where the routing of one sequence would depend on others in eval mode: "warn",
+    #: "raise" or "allow".
+    cross_batch: Literal["warn", "raise", "allow"] = "warn"
 
     def __init__(self, num_experts: int, losses: Sequence[RouterLoss] = ()) -> None:
         super().__init__()
@@ -60,6 +84,9 @@ class Router(Configurable, nn.Module):
         self._sinks: list[list[Routing]] = []
         self._aux_scale: Tensor | None = None
         self._inputs: Inputs | None = None
+        self._load: Tensor | None = None  # where a BalanceController counts
+        self.expert_bias: Tensor | None
+        self.register_buffer("expert_bias", None)
 
     def route(self, x: Tensor, *, valid_mask: Tensor | None, **context: Any) -> Routing:
         """Decide. ``x`` is ``[..., hidden_size]``, ``valid_mask`` ``[...]`` bool or None."""
@@ -89,17 +116,50 @@ class Router(Configurable, nn.Module):
         routing = self._route_in_full_precision(x, valid_mask, context)
         if self.training and self.losses:
             routing = self._deliver(routing)
+        if self.training and self._load is not None:
+            weights = Count.apply(routing.weights, routing.counts, self._load)
+            routing = routing._replace(weights=weights)
         if self._sinks and not in_backward():
             for sink in self._sinks:
                 sink.append(routing)
         return routing
 
+    def train(self, mode: bool = True) -> "Router":
+        if not mode and self.traits.batch_dependency == "batch":
+            self.mind_batch_dependency()
+        return super().train(mode)
+
     # ---- for subclasses --------------------------------------------------------------------------
+
+    def add_expert_bias(self) -> None:
+        """Adds the buffer ``expert_bias`` ``[num_experts]``, which a `BalanceController` moves.
+
+        It is float32 whatever the module is cast to: its steps, 1e-3, are below the resolution of
+        the half types.
+        """
+        self.expert_bias = torch.zeros(self.num_experts)
+
+    def mind_batch_dependency(self) -> None:
+        """Say, as ``cross_batch`` wants it, that sequences of a batch influence each other."""
+        message = (
+            f"{self._name}: expected routing that does not depend on other sequences of the batch "
+            "in eval mode, got capacities over the whole batch. Use capacities per sequence, none, "
+            'or cross_batch="allow"'
+        )
+        if self.cross_batch == "raise":
+            raise ValueError(message)
+        if self.cross_batch == "warn":
+            warnings.warn(message, CrossBatchRoutingWarning, stacklevel=3)
 
     @property
     def wants_statistics(self) -> bool:
         """Whether losses will read ``lse`` and ``score_sums`` of the statistics."""
         return self.training and len(self.losses) > 0
+
+    @property
+    def wants_groups(self) -> bool:
+        """Whether they will read them for each sequence alone."""
+        return self.training and any(getattr(loss, "per_sequence", False) for loss in self.losses)
 
     @staticmethod
     def full_precision(x: Tensor) -> Tensor:
@@ -156,6 +216,18 @@ class Router(Configurable, nn.Module):
             return self.route(x, valid_mask=valid_mask, **context)
         with torch.autocast(x.device.type, enabled=False):
             return self.route(x, valid_mask=valid_mask, **context)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "Router":
+        bias = self.expert_bias
+        super()._apply(fn, recurse)
+        if bias is not None and self.expert_bias.dtype != torch.float32:
+            self.expert_bias = bias.to(self.expert_bias.device)
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        if self.expert_bias is not None:  # assign=True takes any dtype
+            self.expert_bias = self.expert_bias.float()
 
     def _deliver(self, routing: Routing) -> Routing:
         aux_loss, values = evaluate(self.losses, routing)

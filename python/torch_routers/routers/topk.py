@@ -1,4 +1,4 @@
-"""The top-k router: softmax over the experts, the best k of each token."""
+"""The top-k router: the experts of the best k logits of each token."""
 
 import warnings
 from collections.abc import Sequence
@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from torch_routers import ops
 from torch_routers.losses import RouterLoss
-from torch_routers.routers.base import Router
+from torch_routers.noise import Noise, Stream
+from torch_routers.routers.base import Router, check_choice
 from torch_routers.routing import Routing
 
 
@@ -21,29 +22,69 @@ class ZeroRouterGradientWarning(UserWarning):
 class TopKRouter(Router):
     r"""Give each token the ``top_k`` experts of its largest logits.
 
-    .. math::  z = W x, \qquad w_j = p_{i_j} \Big/ \sum_l p_{i_l}, \qquad p = \mathrm{softmax}(z)
+    .. math::  z = W x + b, \qquad w_j = c\, s_{i_j} \Big/ \sum_l s_{i_l}, \qquad
+               s = \mathrm{score}(z)
 
     with :math:`i_1, \dots, i_k` the experts of the largest :math:`z`, largest first; without
-    ``renormalize``, :math:`w_j = p_{i_j}`. Equal logits: the lower index first.
+    ``renormalize``, :math:`w_j = c\, s_{i_j}`. Equal logits: the lower index first. With
+    ``selection_bias`` or groups experts are chosen as `ops.topk_select` states; weights come from
+    the scores without bias.
 
-    The renormalised form is Mixtral's (arXiv 2401.04088), the plain one that of Switch (top-1,
-    arXiv 2101.03961) and OLMoE (arXiv 2409.02060). Their code multiplies in the dtype of the model
-    and takes the softmax in float32; here the logits are float32 already, because rounding them to
-    bfloat16 first moves tokens to other experts. Indices follow from ``torch.topk`` there, whose
-    order of ties is not specified.
+    The renormalised softmax is Mixtral's (arXiv 2401.04088), the plain one that of Switch (top-1,
+    arXiv 2101.03961) and OLMoE (arXiv 2409.02060), sigmoid with a bias and groups that of
+    DeepSeek-V3 (arXiv 2412.19437); `tr.create_router` knows these and more by name. Their code
+    often multiplies in the dtype of the model and takes the softmax in float32; here the logits are
+    float32 already, because rounding them to bfloat16 first moves tokens to other experts. Indices
+    follow from ``torch.topk`` there, whose order of ties is not specified.
 
     Args:
         hidden_size: size of the last dimension of the input.
         num_experts: experts to choose from.
         top_k: experts per token, in ``[1, num_experts]``.
-        renormalize: make the weights of each token sum to one.
-        losses: auxiliary losses, such as ``LoadBalanceLoss(1e-2)``.
+        score: ``"softmax"``, ``"sigmoid"`` or ``"sqrt_softplus"``.
+        renormalize: make the weights of each token sum to ``scale``.
+        epsilon: added to the sum that renormalised weights are divided by; as in `ops.topk_gate`.
+        scale: factor :math:`c` of all weights.
+        gate_bias: train a bias :math:`b` of the logits, the parameter ``bias`` (GPT-OSS).
+        selection_bias: have the buffer ``expert_bias``, added to the scores for the choice of
+            experts alone; a `BalanceController` moves it.
+        num_groups, topk_group, group_score: choose among the experts of the best groups, as in
+            `ops.topk_select`.
+        jitter: multiply each number that the router sees by noise, uniform in
+            ``[1 - jitter, 1 + jitter]``, in training (Switch: 1e-2). The experts see no noise.
+        noise: add to the logits, in training, ``noise_scale`` times: ``"gumbel"`` or ``"normal"``
+            noise (V-MoE, arXiv 2106.05974: normal, ``noise_scale=1/num_experts``). Weights and
+            losses come from the noisy logits.
+        noise_scale: factor of ``noise``.
+        capacity_factor: keep at most ``ceil(tokens * top_k / num_experts * capacity_factor)`` slots
+            per expert in each group of tokens. Default: no limit, nothing is dropped.
+        min_capacity: the least that a capacity is.
+        drop_policy: who is kept, as in `ops.limit_capacity`: ``"position"``, ``"weight"``,
+            ``"priority"`` (of the token's largest score) or ``"random"`` (in training; by position
+            in eval mode).
+        capacity_group: ``"sequence"``, each sample of ``[batch, sequence, hidden_size]`` input for
+            itself; or ``"batch"``, all tokens together, as Megatron-LM and DeepSpeed have it, by
+            which sequences influence each other. Input of two dimensions is one group.
+        renormalize_after_drop: divide the weights of what was kept by their sum anew (DeepSpeed).
+        cross_batch: ``"warn"`` (once per call of ``eval()``), ``"raise"`` or ``"allow"``, where a
+            capacity lets sequences of a batch influence each other in eval mode.
+        losses: auxiliary losses, such as ``LoadBalanceLoss(1e-2)``. They see the choice before
+            anything is dropped.
 
     ``weight`` is ``[num_experts, hidden_size]``, initialised from a normal distribution of standard
     deviation 0.02. It may have any dtype; the router computes in float32 (float64 for float64).
 
-    Call it with ``indices`` ``[..., slots]`` to replay earlier decisions: the weights are computed
-    anew from the current logits, -1 stays an empty slot.
+    Call it with
+
+    - ``indices`` ``[..., slots]`` to replay earlier decisions: the weights are computed anew from
+      the current logits, -1 stays an empty slot;
+    - ``top_k``, an int, or ``[...]`` int64 in ``[0, top_k]``: fewer slots, of each token;
+    - ``capacity``, an int, or ``capacity_factor``: another limit than that of the constructor;
+    - ``group_offsets`` ``[groups + 1]`` int64, where sequences begin in the flattened tokens (as
+      the ``cu_seqlens`` of packed sequences): groups of capacities and of sequence-wise losses;
+    - ``seed`` and ``row_ids`` ``[...]`` int64, numbers of the tokens in the whole data set, for
+      randomness that does not depend on batches and ranks. Default: a seed from torch's generator,
+      and the position in the batch.
 
     Raises:
         ValueError: an argument that does not fit, at construction where it can be known.
@@ -60,27 +101,82 @@ class TopKRouter(Router):
         num_experts: int,
         top_k: int,
         *,
+        score: str = "softmax",
         renormalize: bool = True,
+        epsilon: float | None = None,
+        scale: float = 1.0,
+        gate_bias: bool = False,
+        selection_bias: bool = False,
+        num_groups: int = 1,
+        topk_group: int = 1,
+        group_score: str = "top2_sum",
+        jitter: float = 0.0,
+        noise: str | None = None,
+        noise_scale: float = 1.0,
+        capacity_factor: float | None = None,
+        min_capacity: int = 0,
+        drop_policy: str = "position",
+        capacity_group: str = "sequence",
+        renormalize_after_drop: bool = False,
+        cross_batch: str = "warn",
         losses: Sequence[RouterLoss] = (),
     ) -> None:
         super().__init__(num_experts, losses)
+        name = self._name
+        check_choice(name, "score", score, ("softmax", "sigmoid", "sqrt_softplus"))
+        check_choice(name, "noise", noise, (None, "gumbel", "normal"))
+        check_choice(name, "drop_policy", drop_policy, ("position", "weight", "priority", "random"))
+        check_choice(name, "capacity_group", capacity_group, ("sequence", "batch"))
+        check_choice(name, "cross_batch", cross_batch, ("warn", "raise", "allow"))
         if not 1 <= top_k <= num_experts:
             raise ValueError(
-                f"TopKRouter: expected top_k in [1, num_experts={num_experts}], got {top_k}"
+                f"{name}: expected top_k in [1, num_experts={num_experts}], got {top_k}"
             )
+        if not 0 <= jitter < 1:
+            raise ValueError(f"{name}: expected jitter in [0, 1), got {jitter}")
         if top_k == 1 and renormalize:
             warnings.warn(
-                "TopKRouter: expected renormalize=False with top_k=1, got True: every weight is 1, "
-                "and only the auxiliary losses train the router",
+                f"{name}: expected renormalize=False with top_k=1, got True: every weight is the "
+                "same, and only the auxiliary losses train the router",
                 ZeroRouterGradientWarning,
                 stacklevel=2,
             )
-        self.hidden_size, self.top_k, self.renormalize = hidden_size, top_k, renormalize
+        self.hidden_size, self.top_k = hidden_size, top_k
+        self.score, self.renormalize, self.epsilon, self.scale = score, renormalize, epsilon, scale
+        self.gate_bias, self.selection_bias = gate_bias, selection_bias
+        self.num_groups, self.topk_group, self.group_score = num_groups, topk_group, group_score
+        self.jitter, self.noise, self.noise_scale = jitter, noise, noise_scale
+        self.capacity_factor, self.min_capacity = capacity_factor, min_capacity
+        self.drop_policy, self.capacity_group = drop_policy, capacity_group
+        self.renormalize_after_drop, self.cross_batch = renormalize_after_drop, cross_batch
+        # What the operator refuses it refuses now.
+        ops.topk_select(torch.zeros(0, num_experts), top_k, **self._selection())
+        if capacity_factor is not None:
+            no_tokens = torch.zeros(0, dtype=torch.int64)
+            ops.expert_capacity(
+                no_tokens, top_k, num_experts, capacity_factor, min_capacity=min_capacity
+            )
+            in_order = drop_policy == "position" and top_k == 1
+            alone = "sequence_causal" if in_order else "sequence"
+            self.traits = self.traits._replace(
+                batch_dependency="batch" if capacity_group == "batch" else alone,
+                causal=in_order,
+                drops_tokens=True,
+            )
+        if jitter or noise is not None or (capacity_factor is not None and drop_policy == "random"):
+            self.traits = self.traits._replace(random=True)
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
+        self.bias = nn.Parameter(torch.empty(num_experts)) if gate_bias else None
+        if selection_bias:
+            self.add_expert_bias()
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         nn.init.normal_(self.weight, std=0.02)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+        if self.expert_bias is not None:
+            self.expert_bias.zero_()
 
     def route(
         self,
@@ -88,24 +184,144 @@ class TopKRouter(Router):
         *,
         valid_mask: Tensor | None,
         indices: Tensor | None = None,
+        top_k: int | Tensor | None = None,
+        capacity: int | None = None,
+        capacity_factor: float | None = None,
+        seed: int | Tensor | None = None,
+        row_ids: Tensor | None = None,
+        group_offsets: Tensor | None = None,
         **context: Any,
     ) -> Routing:
         if x.shape[-1] != self.hidden_size:
             raise ValueError(
-                f"TopKRouter: expected x of shape [..., hidden_size={self.hidden_size}], "
+                f"{self._name}: expected x of shape [..., hidden_size={self.hidden_size}], "
                 f"got {list(x.shape)}"
             )
         x = self.full_precision(x)
-        logits = F.linear(x, self.weight.to(x.dtype))
+        noise = Noise(x, seed, row_ids) if self.training and self.traits.random else None
+        logits = self.logits(x, noise)
+        return self.choose(
+            logits,
+            noise,
+            valid_mask=valid_mask,
+            indices=indices,
+            top_k=top_k,
+            capacity=capacity,
+            capacity_factor=capacity_factor,
+            group_offsets=group_offsets,
+        )
+
+    def logits(self, x: Tensor, noise: Noise | None) -> Tensor:
+        """``[..., num_experts]`` from ``x`` in full precision, with the noise of training."""
+        if noise is not None and self.jitter:
+            x = x * (1 + self.jitter * (2 * noise.uniform(Stream.JITTER, x.shape[-1]) - 1))
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        logits = F.linear(x, self.weight.to(x.dtype), bias)
+        if noise is not None and self.noise is not None:
+            added = getattr(noise, self.noise)(Stream.LOGITS, self.num_experts)
+            logits = logits + self.noise_scale * added
+        return logits
+
+    def choose(
+        self,
+        logits: Tensor,
+        noise: Noise | None,
+        *,
+        valid_mask: Tensor | None,
+        indices: Tensor | None,
+        top_k: int | Tensor | None,
+        capacity: int | None,
+        capacity_factor: float | None,
+        group_offsets: Tensor | None,
+    ) -> Routing:
+        """Experts and weights from the logits; what may be given is that of a call."""
+        if capacity_factor is None and capacity is None:
+            capacity_factor = self.capacity_factor
+        limited = capacity is not None or capacity_factor is not None
+        if group_offsets is None and (self.wants_groups or limited):
+            group_offsets = _samples(logits)
         options = {
+            "score": self.score,
             "renormalize": self.renormalize,
+            "epsilon": self.epsilon,
+            "scale": self.scale,
             "valid_mask": valid_mask,
+            "group_offsets": group_offsets,
             "statistics": self.wants_statistics,
         }
         if indices is None:
-            weights, indices, statistics = ops.topk_gate(logits, self.top_k, **options)
+            slots = top_k if isinstance(top_k, int) else self.top_k
+            of_tokens = top_k if isinstance(top_k, Tensor) else None
+            weights, indices, statistics = ops.topk_gate(
+                logits, slots, token_top_k=of_tokens, **self._selection(logits.dtype), **options
+            )
         else:
             if valid_mask is not None:
                 indices = torch.where(valid_mask.unsqueeze(-1), indices, -1)
             weights, statistics = ops.gate(logits, indices, **options)
-        return Routing(weights, indices, logits, statistics.group_counts[0], statistics)
+        routing = Routing(weights, indices, logits, statistics.group_counts.sum(0), statistics)
+        if not limited:
+            return routing
+        if self.capacity_group == "batch":
+            group_offsets = None
+        if group_offsets is None and not self.training and not torch.compiler.is_compiling():
+            self.mind_batch_dependency()
+        if capacity is None:
+            tokens = statistics.group_tokens
+            capacity = ops.expert_capacity(
+                tokens.sum(0, keepdim=True) if group_offsets is None else tokens,
+                indices.shape[-1],
+                self.num_experts,
+                capacity_factor,
+                min_capacity=self.min_capacity,
+            )
+        return self._drop(routing, capacity, group_offsets, noise)
+
+    def _selection(self, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+        """How experts are chosen, for the operators."""
+        bias = None if self.expert_bias is None else self.expert_bias.to(dtype)
+        return {
+            "bias": bias,
+            "num_groups": self.num_groups,
+            "topk_group": self.topk_group,
+            "group_score": self.group_score,
+        }
+
+    def _drop(
+        self,
+        routing: Routing,
+        capacity: int | Tensor,
+        group_offsets: Tensor | None,
+        noise: Noise | None,
+    ) -> Routing:
+        """The routing without the slots that are over the capacity of their expert."""
+        weights, indices, logits = routing.weights, routing.indices, routing.logits.detach()
+        policy, options = self.drop_policy, {}
+        if policy == "random" and noise is None:
+            policy = "position"
+        if policy == "weight":
+            options["weights"] = weights.detach().reshape(-1, weights.shape[-1])
+        elif policy == "priority":
+            priority = logits.amax(-1)
+            if self.score == "softmax":  # the largest probability, without rounding it to 1
+                priority = priority - logits.logsumexp(-1)
+            options["priority"] = priority.reshape(-1)
+        elif policy == "random":
+            options |= {"seed": noise.seed, "row_ids": noise.row_ids}
+        plan = ops.expert_plan(indices, self.num_experts)
+        plan = ops.limit_capacity(
+            plan, capacity, policy=policy, group_offsets=group_offsets, **options
+        )
+        kept = (plan.inverse >= 0).view(indices.shape)
+        weights = torch.where(kept, weights, 0)
+        if self.renormalize_after_drop:
+            total = weights.sum(-1, keepdim=True)
+            weights = weights * (self.scale / torch.where(total > 0, total, 1))
+        return routing._replace(weights=weights, indices=torch.where(kept, indices, -1))
+
+
+def _samples(logits: Tensor) -> Tensor | None:
+    """Where the samples of a batch begin in its tokens; None if they are no samples."""
+    if logits.dim() < 3:
+        return None
+    return torch.arange(logits.shape[0] + 1, device=logits.device) * logits.shape[1:-1].numel()
