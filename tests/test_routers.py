@@ -40,7 +40,7 @@ def parameter_gradients(module):
 def train(moe, x, context, **options):
     """One backward of a task loss and the losses of the router."""
     y, routing = moe(x, return_routing=True, **context, **options)
-    loss = y.float().square().sum()
+    loss = tr.Router.full_precision(y).square().sum()
     (loss if routing.aux_loss is None else loss + routing.aux_loss).backward()
     return y, routing
 
