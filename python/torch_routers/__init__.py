@@ -7,7 +7,15 @@ from torch_routers import _library  # noqa: F401  (first: everything needs its o
 from torch_routers import losses, ops
 from torch_routers.balancing import BalanceController, parameter_groups
 from torch_routers.delivery import attach, collect, follow_inputs
-from torch_routers.layers import MLPExperts, MoE, SwiGLUExperts
+from torch_routers.layers import (
+    ClampedSwiGLUExperts,
+    ExpertList,
+    MLPExperts,
+    MoE,
+    SwiGLU,
+    SwiGLUExperts,
+)
+from torch_routers.presets import create_moe, list_presets
 from torch_routers.registry import create_router, from_config, list_routers
 from torch_routers.routers import HashRouter, Router, RouterTraits, TopKRouter
 from torch_routers.routers.base import CrossBatchRoutingWarning
@@ -18,21 +26,26 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BalanceController",
+    "ClampedSwiGLUExperts",
     "CrossBatchRoutingWarning",
+    "ExpertList",
     "HashRouter",
     "MLPExperts",
     "MoE",
     "Router",
     "RouterTraits",
     "Routing",
+    "SwiGLU",
     "SwiGLUExperts",
     "TopKRouter",
     "ZeroRouterGradientWarning",
     "attach",
     "collect",
+    "create_moe",
     "create_router",
     "follow_inputs",
     "from_config",
+    "list_presets",
     "list_routers",
     "losses",
     "ops",

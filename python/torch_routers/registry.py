@@ -73,16 +73,30 @@ def from_config(config: dict[str, Any]) -> Any:
 
 
 def create_router(name: str, **arguments: Any) -> Router:
-    """Build a router by its name.
+    """Build a router by the name of its class, or of a known model.
+
+    Args:
+        name: one of `list_routers` or `list_presets`.
+        arguments: of the constructor. A model brings its own, except ``hidden_size``; what is given
+            here takes precedence.
+
+    Raises:
+        ValueError: an unknown name, or arguments that the class does not take.
 
     >>> create_router("TopKRouter", hidden_size=16, num_experts=4, top_k=2).num_experts
     4
+    >>> create_router("deepseek_v3", hidden_size=16).scale
+    2.5
     """
+    from torch_routers.presets import PRESETS
     from torch_routers.routers import Router
 
-    cls = _lookup("create_router", name)
-    if not issubclass(cls, Router):
-        raise ValueError(f"create_router: expected one of {list_routers()}, got {name!r}")
+    if name in PRESETS:
+        return from_config({"class": "TopKRouter"} | PRESETS[name].router | arguments)
+    if name not in _CLASSES or not issubclass(_CLASSES[name], Router):
+        raise ValueError(
+            f"create_router: expected one of {[*list_routers(), *sorted(PRESETS)]}, got {name!r}"
+        )
     return from_config({"class": name} | arguments)
 
 

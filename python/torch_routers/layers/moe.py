@@ -1,11 +1,14 @@
 """The layer that joins a router with experts."""
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Literal, overload
 
+import torch
 from torch import Tensor, nn
 
 from torch_routers import ops
 from torch_routers.delivery import require_destination
+from torch_routers.layers.experts import ExpertList
 from torch_routers.routers import Router
 from torch_routers.routing import Routing
 
@@ -13,14 +16,20 @@ from torch_routers.routing import Routing
 class MoE(nn.Module):
     r"""A mixture of experts in place of a feed-forward layer.
 
-    .. math::  y_t = \sum_j w_{tj} \, \mathrm{expert}_{i_{tj}}(x_t)
+    .. math::  y_t = \sum_j w_{tj} \, \mathrm{expert}_{i_{tj}}(x_t) + g(x_t)\, \mathrm{shared}(x_t)
 
-    Every token reaches all of its experts: nothing is dropped. The sum is taken in slot order, in
-    float32 (float64 for float64 rows), and rounded once.
+    The sum over :math:`j` is taken in slot order, in float32 (float64 for float64 rows), and
+    rounded once.
 
     Args:
         router: decides which expert sees which token.
-        experts: a bank of experts, such as `SwiGLUExperts`.
+        experts: a bank of experts, such as `SwiGLUExperts`; or several modules, of which an
+            `ExpertList` is made.
+        shared: a module that all tokens pass, such as `SwiGLU`. Default: none.
+        shared_gate: multiply what it returns by :math:`g(x) = \sigma(w^\top x)`, with the trained
+            linear layer ``shared_gate`` (Qwen2-MoE); else :math:`g = 1` (DeepSeek).
+        scale_input: multiply the input of the experts by the weight instead of their output, as
+            Llama 4 does.
 
     ``moe(x)`` is a tensor of the shape and dtype of ``x``; ``moe(x, return_routing=True)`` is that
     and the `Routing`. Everything else goes to the router by keyword: ``valid_mask``,
@@ -36,15 +45,30 @@ class MoE(nn.Module):
     torch.Size([2, 5, 16])
     """
 
-    def __init__(self, router: Router, experts: nn.Module) -> None:
+    def __init__(
+        self,
+        router: Router,
+        experts: nn.Module | Iterable[nn.Module],
+        *,
+        shared: nn.Module | None = None,
+        shared_gate: bool = False,
+        scale_input: bool = False,
+    ) -> None:
         super().__init__()
+        if not isinstance(experts, nn.Module) or isinstance(experts, nn.ModuleList):
+            experts = ExpertList(experts)
         available = getattr(experts, "num_experts", router.num_experts)
         if available != router.num_experts:
             raise ValueError(
                 f"MoE: expected experts with num_experts={router.num_experts}, that of the "
                 f"router, got {available}"
             )
-        self.router, self.experts = router, experts
+        if shared_gate and shared is None:
+            raise ValueError("MoE: expected shared experts with shared_gate=True, got none")
+        self.router, self.experts, self.shared = router, experts, shared
+        hidden_size = getattr(router, "hidden_size", None) or getattr(experts, "hidden_size", None)
+        self.shared_gate = nn.Linear(hidden_size, 1, bias=False) if shared_gate else None
+        self.scale_input = scale_input
 
     if TYPE_CHECKING:  # nn.Module types its calls as Any
 
@@ -61,15 +85,35 @@ class MoE(nn.Module):
     def forward(
         self, x: Tensor, *, return_routing: bool = False, **context: Any
     ) -> Tensor | tuple[Tensor, Routing]:
+        context = self.router.with_followed(x, context)
         routing = self.router(x, **context)
         if not return_routing:
             require_destination("MoE", self.router, routing)
         if routing.indices is None:
             raise ValueError("MoE: expected a routing with indices, got a dense one")
         y = self._mix(x, routing.indices, routing.weights)
+        if self.shared is not None:
+            y = y + self._shared(x, context.get("valid_mask"))
         return (y, routing) if return_routing else y
 
-    def _mix(self, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+    def _mix(self, x: Tensor, indices: Tensor, weights: Tensor | None) -> Tensor:
         plan = ops.expert_plan(indices, self.router.num_experts)
-        rows = self.experts(ops.permute_tokens(x, plan), plan.offsets)
-        return ops.combine_tokens(rows, weights, plan).to(x.dtype)
+        rows = ops.permute_tokens(x, plan)
+        if self.scale_input:
+            rows, weights = rows * _of_rows(weights, plan).to(rows.dtype), None
+        y = ops.combine_tokens(self.experts(rows, plan.offsets), weights, plan)
+        return y.to(x.dtype).view(x.shape)
+
+    def _shared(self, x: Tensor, valid_mask: Tensor | None) -> Tensor:
+        if valid_mask is not None:  # whatever padding holds, it reaches no parameter
+            x = torch.where(valid_mask.unsqueeze(-1), x, 0)
+        y = self.shared(x)
+        if self.shared_gate is not None:
+            y = torch.sigmoid(self.shared_gate(x)) * y
+        return y if valid_mask is None else torch.where(valid_mask.unsqueeze(-1), y, 0)
+
+
+def _of_rows(weights: Tensor, plan: ops.Plan) -> Tensor:
+    """``[rows, 1]``: the weight of each row's slot; 0 behind the last expert's rows."""
+    of_rows = weights.reshape(-1)[plan.order.clamp(min=0)]
+    return torch.where(plan.order >= 0, of_rows, 0).unsqueeze(-1)

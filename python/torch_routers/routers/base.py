@@ -107,9 +107,8 @@ class Router(Configurable, nn.Module):
             ValueError: an argument that does not fit.
         """
         if self._inputs is not None:
-            context = {**self._inputs.of_tokens(x.shape[:-1]), **context}
-            followed = context.pop("valid_mask", None)
-            valid_mask = followed if valid_mask is None else valid_mask
+            context = self.with_followed(x, {"valid_mask": valid_mask, **context})
+            valid_mask = context.pop("valid_mask", None)
         self._check(x, valid_mask, context)
         if valid_mask is not None:
             x = torch.where(valid_mask.unsqueeze(-1), x, 0)  # before any arithmetic: it may be NaN
@@ -128,6 +127,13 @@ class Router(Configurable, nn.Module):
         if not mode and self.traits.batch_dependency == "batch":
             self.mind_batch_dependency()
         return super().train(mode)
+
+    def with_followed(self, x: Tensor, context: dict[str, Any]) -> dict[str, Any]:
+        """The context of a call, and what `follow_inputs` brings besides."""
+        if self._inputs is None:
+            return context
+        given = {name: value for name, value in context.items() if value is not None}
+        return {**self._inputs.of_tokens(x.shape[:-1]), **given}
 
     # ---- for subclasses --------------------------------------------------------------------------
 

@@ -53,9 +53,10 @@ class TopKRouter(Router):
         jitter: multiply each number that the router sees by noise, uniform in
             ``[1 - jitter, 1 + jitter]``, in training (Switch: 1e-2). The experts see no noise.
         noise: add to the logits, in training, ``noise_scale`` times: ``"gumbel"`` or ``"normal"``
-            noise (V-MoE, arXiv 2106.05974: normal, ``noise_scale=1/num_experts``). Weights and
-            losses come from the noisy logits.
-        noise_scale: factor of ``noise``.
+            noise. Weights and losses come from the noisy logits.
+        noise_scale: factor of ``noise``. Default: 1 for Gumbel noise, ``1 / num_experts`` for
+            normal noise (V-MoE, arXiv 2106.05974).
+        capacity: keep at most so many slots per expert in each group of tokens. Default: no limit.
         capacity_factor: keep at most ``ceil(tokens * top_k / num_experts * capacity_factor)`` slots
             per expert in each group of tokens. Default: no limit, nothing is dropped.
         min_capacity: the least that a capacity is.
@@ -112,7 +113,8 @@ class TopKRouter(Router):
         group_score: str = "top2_sum",
         jitter: float = 0.0,
         noise: str | None = None,
-        noise_scale: float = 1.0,
+        noise_scale: float | None = None,
+        capacity: int | None = None,
         capacity_factor: float | None = None,
         min_capacity: int = 0,
         drop_policy: str = "position",
@@ -146,16 +148,24 @@ class TopKRouter(Router):
         self.gate_bias, self.selection_bias = gate_bias, selection_bias
         self.num_groups, self.topk_group, self.group_score = num_groups, topk_group, group_score
         self.jitter, self.noise, self.noise_scale = jitter, noise, noise_scale
-        self.capacity_factor, self.min_capacity = capacity_factor, min_capacity
+        self.capacity, self.capacity_factor = capacity, capacity_factor
+        self.min_capacity = min_capacity
         self.drop_policy, self.capacity_group = drop_policy, capacity_group
         self.renormalize_after_drop, self.cross_batch = renormalize_after_drop, cross_batch
         # What the operator refuses it refuses now.
         ops.topk_select(torch.zeros(0, num_experts), top_k, **self._selection())
+        if capacity is not None and (capacity < 0 or capacity_factor is not None):
+            raise ValueError(
+                f"{name}: expected capacity >= 0, without a capacity_factor, got {capacity} and "
+                f"capacity_factor={capacity_factor}"
+            )
         if capacity_factor is not None:
             no_tokens = torch.zeros(0, dtype=torch.int64)
             ops.expert_capacity(
                 no_tokens, top_k, num_experts, capacity_factor, min_capacity=min_capacity
             )
+        limited = capacity is not None or capacity_factor is not None
+        if limited:
             in_order = drop_policy == "position" and top_k == 1
             alone = "sequence_causal" if in_order else "sequence"
             self.traits = self.traits._replace(
@@ -163,7 +173,7 @@ class TopKRouter(Router):
                 causal=in_order,
                 drops_tokens=True,
             )
-        if jitter or noise is not None or (capacity_factor is not None and drop_policy == "random"):
+        if jitter or noise is not None or (limited and drop_policy == "random"):
             self.traits = self.traits._replace(random=True)
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
         self.bias = nn.Parameter(torch.empty(num_experts)) if gate_bias else None
@@ -219,7 +229,10 @@ class TopKRouter(Router):
         logits = F.linear(x, self.weight.to(x.dtype), bias)
         if noise is not None and self.noise is not None:
             added = getattr(noise, self.noise)(Stream.LOGITS, self.num_experts)
-            logits = logits + self.noise_scale * added
+            scale = self.noise_scale
+            if scale is None:
+                scale = 1 / self.num_experts if self.noise == "normal" else 1.0
+            logits = logits + scale * added
         return logits
 
     def choose(
@@ -235,8 +248,8 @@ class TopKRouter(Router):
         group_offsets: Tensor | None,
     ) -> Routing:
         """Experts and weights from the logits; what may be given is that of a call."""
-        if capacity_factor is None and capacity is None:
-            capacity_factor = self.capacity_factor
+        if capacity is None and capacity_factor is None:
+            capacity, capacity_factor = self.capacity, self.capacity_factor
         limited = capacity is not None or capacity_factor is not None
         if group_offsets is None and (self.wants_groups or limited):
             group_offsets = _samples(logits)
