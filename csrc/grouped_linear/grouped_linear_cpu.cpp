@@ -100,7 +100,16 @@ template <class C, int half> inline Vector<C> halves(Vector<C> a, Vector<C> b, b
   Index index;
   for (int lane = 0; lane < kWidth<C>; ++lane)
     index[lane] = lane / half * 2 * half + lane % half + (upper ? half : 0);
+#if defined(__clang__)  // has no such builtin, and makes shuffles of this loop
+  Vector<C> result;
+  for (int lane = 0; lane < kWidth<C>; ++lane) {
+    const auto from = static_cast<int>(index[lane]);
+    result[lane] = from < kWidth<C> ? a[from] : b[from - kWidth<C>];
+  }
+  return result;
+#else
   return __builtin_shuffle(a, b, index);
+#endif
 }
 
 // The sums over the lanes of `count` vectors, side by side; the lanes are added as a tree.
