@@ -266,7 +266,12 @@ void broadcast(const T* a, int64_t a_row, int64_t a_term, int64_t rows, const T*
 }  // namespace
 
 template <class T>
-void grouped(const GroupedLinear<T>& p, int64_t group, int64_t begin, int64_t end) {
+void grouped(const GroupedLinear<T>& params, int64_t group, int64_t begin, int64_t end) {
+  GroupedLinear<T> p = params;
+  if (p.inputs == 0) {  // then there may be no memory to step through
+    p.x_stride = p.weight_group = p.weight_output = 0;
+    p.weight_input = 1;
+  }
   const int64_t first = p.offsets[group], rows = p.offsets[group + 1] - first;
   const T* x = p.x + first * p.x_stride;
   const T* w = p.weight + group * p.weight_group;
@@ -279,6 +284,7 @@ void grouped(const GroupedLinear<T>& p, int64_t group, int64_t begin, int64_t en
 
 template <class T>
 void grouped(const GroupedOuter<T>& p, int64_t group, int64_t begin, int64_t end) {
+  if (p.inputs == 0) return;
   const int64_t first = p.offsets[group], rows = p.offsets[group + 1] - first;
   // A few outputs at a time, over all inputs: the result, not the rows, is what fills the memory.
   for (int64_t o = begin; o < end; o += kTileRows)

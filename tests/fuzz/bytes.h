@@ -57,11 +57,11 @@ template <class T> T* data(const std::optional<Array<T>>& array) {
   return array ? array->data() : nullptr;
 }
 
-// body(begin, end) on two parts of [0, count), the latter first.
+// body(begin, end) on two parts of [0, count), the latter first; not where there is nothing.
 template <class Body> void in_parts(double cut, std::int64_t count, const Body& body) {
   const auto middle = static_cast<std::int64_t>(cut * static_cast<double>(count));
-  body(middle, count);
-  body(0, middle);
+  if (middle < count) body(middle, count);
+  if (middle > 0) body(0, middle);
 }
 
 // What outputs and scratch hold before a run. A kernel runs twice, with one and with the other: a
