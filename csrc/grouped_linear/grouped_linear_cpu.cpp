@@ -100,7 +100,16 @@ template <class C, int half> inline Vector<C> halves(Vector<C> a, Vector<C> b, b
   Index index;
   for (int lane = 0; lane < kWidth<C>; ++lane)
     index[lane] = lane / half * 2 * half + lane % half + (upper ? half : 0);
+#if defined(__clang__)  // has no such builtin, and makes shuffles of this loop
+  Vector<C> result;
+  for (int lane = 0; lane < kWidth<C>; ++lane) {
+    const auto from = static_cast<int>(index[lane]);
+    result[lane] = from < kWidth<C> ? a[from] : b[from - kWidth<C>];
+  }
+  return result;
+#else
   return __builtin_shuffle(a, b, index);
+#endif
 }
 
 // The sums over the lanes of `count` vectors, side by side; the lanes are added as a tree.
@@ -257,7 +266,12 @@ void broadcast(const T* a, int64_t a_row, int64_t a_term, int64_t rows, const T*
 }  // namespace
 
 template <class T>
-void grouped(const GroupedLinear<T>& p, int64_t group, int64_t begin, int64_t end) {
+void grouped(const GroupedLinear<T>& params, int64_t group, int64_t begin, int64_t end) {
+  GroupedLinear<T> p = params;
+  if (p.inputs == 0) {  // then there may be no memory to step through
+    p.x_stride = p.weight_group = p.weight_output = 0;
+    p.weight_input = 1;
+  }
   const int64_t first = p.offsets[group], rows = p.offsets[group + 1] - first;
   const T* x = p.x + first * p.x_stride;
   const T* w = p.weight + group * p.weight_group;
@@ -270,6 +284,7 @@ void grouped(const GroupedLinear<T>& p, int64_t group, int64_t begin, int64_t en
 
 template <class T>
 void grouped(const GroupedOuter<T>& p, int64_t group, int64_t begin, int64_t end) {
+  if (p.inputs == 0) return;
   const int64_t first = p.offsets[group], rows = p.offsets[group + 1] - first;
   // A few outputs at a time, over all inputs: the result, not the rows, is what fills the memory.
   for (int64_t o = begin; o < end; o += kTileRows)

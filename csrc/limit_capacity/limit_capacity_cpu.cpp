@@ -81,6 +81,7 @@ void limit_capacity(const CapacityRenumber& p, int64_t begin, int64_t end) {
   for (int64_t row = begin < after ? after : begin; row < end && row < p.rows; ++row)
     p.new_order[row] = -1;
   const int64_t past = end < p.all_slots() ? end : p.all_slots();
+  if (begin >= past) return;
   if (before == after) return copy(p.inverse + begin, past - begin, p.new_inverse + begin);
   for (int64_t slot = begin; slot < past; ++slot) {
     const int64_t row = p.inverse[slot];

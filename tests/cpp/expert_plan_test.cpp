@@ -248,6 +248,21 @@ TEST_P(ExpertPlanKernel, LargeNumbersByWeight) {
   EXPECT_EQ(order, (Integers{kFirst + 3, 7, 7, 7, kFirst + 1, kFirst + 4, 7, 7}));
 }
 
+TEST_P(ExpertPlanKernel, LargeNumbersOfRows) {
+  constexpr int64_t kMany = int64_t{3} << 31;
+  Integers bins{5, kMany, 1, 2, 0, kMany, 3, kMany, 4, 0}, counts(3, 7), offsets(4, 7);
+  int64_t dropped = 7;
+  const ExpertPlanRows p{2 * kMany,   2,       3,       2 * kMany + 6, 2,
+                         bins.data(), nullptr, nullptr, counts.data(), offsets.data(),
+                         &dropped};
+  TORCH_ROUTERS_PICK_ISA(GetParam(), place_experts(p));
+  EXPECT_EQ(counts, (Integers{kMany + 3, kMany + 1, 2}));
+  EXPECT_EQ(offsets, (Integers{0, kMany + 3, 2 * kMany + 4, 2 * kMany + 6}));
+  EXPECT_EQ(dropped, 4);
+  EXPECT_EQ(bins, (Integers{2 * kMany + 10, 0, kMany + 3, 2 * kMany + 4, 0, 2 * kMany + 15, kMany,
+                            kMany + 4, 2 * kMany + 6, 0}));
+}
+
 INSTANTIATE_TEST_SUITE_P(EveryIsa, ExpertPlanKernel,
                          testing::Values(Isa::Default, Isa::Avx2, Isa::Avx512),
                          [](const auto& info) { return name(info.param); });

@@ -221,6 +221,26 @@ TYPED_TEST(GroupedLinearKernel, ARowDoesNotDependOnTheOthers) {
     }
 }
 
+// x and the weight, which have no elements, are at null, and have the strides that torch gives them.
+TYPED_TEST(GroupedLinearKernel, WithoutInputsThereIsTheBias) {
+  using T = TypeParam;
+  const int64_t offsets[] = {0, 1, 3};
+  const std::vector<T> bias = random_numbers<T>(10, 1);
+  for (const Isa isa : this->isas())
+    for (const bool transposed : {false, true}) {
+      std::vector<T> y(15, number<T>(7)), expected = bias;
+      expected.insert(expected.end(), bias.begin() + 5, bias.end());
+      const GroupedLinear<T> params{5,        0, offsets, nullptr, nullptr,           bias.data(),
+                                    y.data(), 1, 5,       1,       transposed ? 5 : 1};
+      const GroupedOuter<T> outer{5, 0, offsets, y.data(), nullptr, nullptr, 5, 1};
+      for (int64_t g = 0; g < 2; ++g) {
+        TORCH_ROUTERS_PICK_ISA(isa, grouped(params, g, 0, 5));
+        TORCH_ROUTERS_PICK_ISA(isa, grouped(outer, g, 0, 5));
+      }
+      EXPECT_EQ(bits(y), bits(expected));
+    }
+}
+
 // Each special number of a narrow type, through a product with 1: as load() and store() have it.
 TYPED_TEST(GroupedLinearKernel, KeepsSpecialNumbers) {
   using T = TypeParam;

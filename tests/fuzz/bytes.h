@@ -11,6 +11,7 @@
 #include <cstring>
 #include <limits>
 #include <memory>
+#include <optional>
 
 #include "common/isa.h"
 #include "common/scalar.h"
@@ -23,10 +24,12 @@ inline void expect(bool condition, const char* what) {
   std::abort();
 }
 
+// Where there are no elements it is at null, as torch's tensors are.
 template <class T> class Array {
  public:
-  explicit Array(std::int64_t size, unsigned char fill = 0) : size_(size), data_(new T[size]) {
-    std::memset(static_cast<void*>(data_.get()), fill, size * sizeof(T));
+  explicit Array(std::int64_t size, unsigned char fill = 0)
+      : size_(size), data_(size ? new T[size] : nullptr) {
+    if (size) std::memset(static_cast<void*>(data_.get()), fill, size * sizeof(T));
   }
   std::int64_t size() const { return size_; }
   T* data() const { return data_.get(); }
@@ -50,6 +53,17 @@ template <class T> class Array {
   std::unique_ptr<T[]> data_;
 };
 
+template <class T> T* data(const std::optional<Array<T>>& array) {
+  return array ? array->data() : nullptr;
+}
+
+// body(begin, end) on two parts of [0, count), the latter first; not where there is nothing.
+template <class Body> void in_parts(double cut, std::int64_t count, const Body& body) {
+  const auto middle = static_cast<std::int64_t>(cut * static_cast<double>(count));
+  if (middle < count) body(middle, count);
+  if (middle > 0) body(0, middle);
+}
+
 // What outputs and scratch hold before a run. A kernel runs twice, with one and with the other: a
 // byte that it does not write, or a result that depends on one, makes the results differ.
 constexpr unsigned char kFills[2] = {0xA5, 0x5A};
@@ -70,6 +84,17 @@ class Bytes : public FuzzedDataProvider {
     return integer(low, integer(0, 3) ? std::min(high, low + 9) : high);
   }
   bool flag() { return integer(0, 1); }
+  double share() { return static_cast<double>(integer(0, 100)) / 100; }
+
+  // Calls body.operator()<T>() with one of the types of stored numbers.
+  template <class Body> void pick_type(const Body& body) {
+    switch (integer(0, 3)) {
+      case 0: return body.template operator()<float>();
+      case 1: return body.template operator()<double>();
+      case 2: return body.template operator()<BFloat16>();
+      default: return body.template operator()<Float16>();
+    }
+  }
 
   // One that this machine has.
   Isa any_isa() { return static_cast<Isa>(integer(0, static_cast<std::int64_t>(isa()))); }
@@ -102,6 +127,7 @@ class Bytes : public FuzzedDataProvider {
   std::int64_t kind() { return integer(0, 2); }
   template <class T> Array<T> numbers(std::int64_t size, std::int64_t kind) {
     Array<T> result(size);
+    if (size == 0) return result;
     if (kind == 0) {
       const Array<std::uint8_t> raw = bytes(size * sizeof(T));
       std::memcpy(static_cast<void*>(result.data()), raw.data(), raw.size());
@@ -133,7 +159,8 @@ class Bytes : public FuzzedDataProvider {
  private:
   Array<std::uint8_t> bytes(std::int64_t size) {
     Array<std::uint8_t> result(size);
-    for (std::int64_t i = ConsumeData(result.data(), size); i < size; ++i) result[i] = random();
+    for (std::int64_t i = size ? ConsumeData(result.data(), size) : 0; i < size; ++i)
+      result[i] = random();
     return result;
   }
   std::uint32_t random() {

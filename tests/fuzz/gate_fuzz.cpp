@@ -1,5 +1,4 @@
 #include <cmath>
-#include <optional>
 
 #include "bytes.h"
 #include "common/score.h"
@@ -9,10 +8,6 @@ namespace torch_routers::fuzz {
 namespace {
 
 using std::int64_t;
-
-template <class T> T* data(const std::optional<Array<T>>& array) {
-  return array ? array->data() : nullptr;
-}
 
 template <class S> struct Inputs {
   using C = Compute<S>;
@@ -74,7 +69,6 @@ template <class S> struct Results {
   Array<S> grad_logits;
   Array<int64_t> counts, group_tokens;
 
-  // In two parts, the latter first.
   Results(const Inputs<S>& in, Isa isa, double cut, unsigned char fill)
       : indices(in.shape.tokens * in.shape.slots, fill),
         weights(in.shape.tokens * in.shape.slots, fill),
@@ -112,11 +106,11 @@ template <class S> struct Results {
     a.partial_sums = in.statistics ? partial_sums.data() : nullptr;
     a.partial_counts = partial_counts.data();
     a.partial_tokens = partial_tokens.data();
-    a.scratch = scratch.size() ? scratch.data() : nullptr;
+    a.scratch = scratch.data();
     run_gate(a, [&](const auto& params, int64_t count) {
-      const auto middle = static_cast<int64_t>(cut * count);
-      TORCH_ROUTERS_PICK_ISA(isa, gate(params, middle, count));
-      TORCH_ROUTERS_PICK_ISA(isa, gate(params, 0, middle));
+      in_parts(cut, count, [&](int64_t begin, int64_t end) {
+        TORCH_ROUTERS_PICK_ISA(isa, gate(params, begin, end));
+      });
     });
   }
 
@@ -146,9 +140,9 @@ template <class S> void check_results(const Inputs<S>& in, const Results<S>& out
   const auto [tokens, experts, slots, groups] = in.shape;
   int64_t valid = 0, counted = 0;
   for (int64_t t = 0; t < tokens; ++t) {
-    const S* x = &in.logits[t * experts];
-    const auto* weights = &out.weights[t * slots];
-    const int64_t* indices = &out.indices[t * slots];
+    const S* x = in.logits.data() + t * experts;
+    const auto* weights = out.weights.data() + t * slots;
+    const int64_t* indices = out.indices.data() + t * slots;
     const bool masked = in.valid && !(*in.valid)[t];
     const int64_t live = masked ? 0 : in.slots_of(t);
     for (int64_t j = 0; j < slots; ++j) {
@@ -175,7 +169,7 @@ template <class S> void check_results(const Inputs<S>& in, const Results<S>& out
 
 template <class S> void fuzz_gate(Bytes& bytes) {
   const Isa other = bytes.any_isa();
-  const double cut = bytes.integer(0, 100) / 100.0;
+  const double cut = bytes.share();
   const Inputs<S> in(bytes);
   const Results<S> out(in, Isa::Default, 1, kFills[0]);
   expect(out == Results<S>(in, other, cut, kFills[1]), "equal results of both runs");
@@ -186,13 +180,8 @@ template <class S> void fuzz_gate(Bytes& bytes) {
 }  // namespace torch_routers::fuzz
 
 extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
-  using namespace torch_routers;
-  fuzz::Bytes bytes(data, size);
-  switch (bytes.integer(0, 3)) {
-    case 0: fuzz::fuzz_gate<float>(bytes); break;
-    case 1: fuzz::fuzz_gate<double>(bytes); break;
-    case 2: fuzz::fuzz_gate<BFloat16>(bytes); break;
-    default: fuzz::fuzz_gate<Float16>(bytes);
-  }
+  using namespace torch_routers::fuzz;
+  Bytes bytes(data, size);
+  bytes.pick_type([&]<class T> { fuzz_gate<T>(bytes); });
   return 0;
 }
