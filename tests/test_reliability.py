@@ -1,6 +1,7 @@
 """What must hold around every operator's results: threads, processes, memory, bad arguments."""
 
 import gc
+import itertools
 import os
 import re
 import subprocess
@@ -291,19 +292,35 @@ def complaints(case):
                     assert any(x is None for x in wrong)
 
 
+#: What helpers say of the argument that they are given the name of; of a shape, then its words.
+SAID = {
+    "check_dtype": (" in ",),
+    "check_same_dtype": (" in the dtype of ",),
+    "check_shape": (" of shape ",),
+    **dict.fromkeys(("check_tensor", "check_integers", "check_gradient"), (" in ", " of shape ")),
+    "check_offset_values": (" from 0 to ", " in ascending order"),
+}
+
+
 def checks():
     """The fixed parts of each message in the sources, by place."""
-    for path in sorted(CSRC.glob("*/*_op.cpp")):
+    sources = [CSRC.glob(f"*/*_{suffix}") for suffix in ("op.cpp", "check.h", "engine.h")]
+    for path in sorted(itertools.chain(*sources)):
         text = path.read_text()
-        for match in re.finditer(r"\bcheck\(", text):
+        for match in re.finditer(rf"\b(check|{'|'.join(SAID)})\(", text):
             depth, end = 1, match.end()
             while depth:
                 depth += {"(": 1, ")": -1}.get(text[end], 0)
                 end += 1
             literals = re.findall(r'"((?:[^"\\]|\\.)*)"', text[match.end() : end])
-            literals = [x for x in literals if " " in x]  # else one of several words
-            line = text.count("\n", 0, match.start()) + 1
-            yield f"{path.name}:{line}", literals
+            place = f"{path.name}:{text.count(chr(10), 0, match.start()) + 1}"
+            if match[1] == "check":
+                yield place, [x for x in literals if " " in x]  # else one of several words
+                continue
+            named = re.match(r'(op,\s*)?"', text[match.end() :])
+            name, words = (literals[0], literals[1:]) if named else ("", literals)
+            for said in SAID[match[1]]:
+                yield place, [f"expected {name}", said, *(words if said == " of shape " else ())]
 
 
 def test_every_check_is_reached():
