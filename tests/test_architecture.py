@@ -15,7 +15,10 @@ def sources(*patterns):
 
 
 def includes(path):
-    return re.findall(r'#include [<"]([^">]+)[">]', path.read_text())
+    """What a file includes, and what the headers of the project among it do."""
+    names = re.findall(r'#include [<"]([^">]+)[">]', path.read_text())
+    ours = [ROOT / "csrc" / name for name in names if (ROOT / "csrc" / name).exists()]
+    return names + [name for header in ours for name in includes(header)]
 
 
 KERNELS = sources("*/*_kernel.h", "*/*_math.h", "*/*_cpu.cpp", "*/*_cuda.cu", "common/*")

@@ -1,6 +1,7 @@
 """What must hold around every operator's results: threads, processes, memory, bad arguments."""
 
 import gc
+import itertools
 import os
 import re
 import subprocess
@@ -144,20 +145,23 @@ FORK = """
 import multiprocessing, os, signal, sys, torch
 from test_reliability import sized, samples_of, differentiable_inputs, function_of
 
+def results_of(function, inputs):
+    return [y for y in function(*inputs) if y.requires_grad]
+
 torch.set_num_threads(4)
 # Of torch's own functions, which do not work on, a child calls none.
 todo = []
 for case in sized:
     for sample in samples_of(case, 5000) if case.same_bits_on_every_isa else []:
         function, inputs = function_of(case, sample), differentiable_inputs(sample)
-        todo.append((function, inputs, [torch.ones_like(y) for y in function(*inputs)]))
+        cotangents = [torch.ones_like(y) for y in results_of(function, inputs)]
+        todo.append((function, inputs, cotangents))
 
 def use_all():
     for function, inputs, cotangents in todo:
-        if cotangents:
-            torch.autograd.grad(function(*inputs), inputs, cotangents)
-        else:
-            function(*inputs)
+        results = results_of(function, inputs)
+        if results:
+            torch.autograd.grad(results, inputs, cotangents)
 
 def limited():
     signal.alarm(10)
@@ -291,19 +295,35 @@ def complaints(case):
                     assert any(x is None for x in wrong)
 
 
+#: What helpers say of the argument that they are given the name of; of a shape, then its words.
+SAID = {
+    "check_dtype": (" in ",),
+    "check_same_dtype": (" in the dtype of ",),
+    "check_shape": (" of shape ",),
+    **dict.fromkeys(("check_tensor", "check_integers", "check_gradient"), (" in ", " of shape ")),
+    "check_offset_values": (" from 0 to ", " in ascending order"),
+}
+
+
 def checks():
     """The fixed parts of each message in the sources, by place."""
-    for path in sorted(CSRC.glob("*/*_op.cpp")):
+    sources = [CSRC.glob(f"*/*_{suffix}") for suffix in ("op.cpp", "check.h", "engine.h")]
+    for path in sorted(itertools.chain(*sources)):
         text = path.read_text()
-        for match in re.finditer(r"\bcheck\(", text):
+        for match in re.finditer(rf"\b(check|{'|'.join(SAID)})\(", text):
             depth, end = 1, match.end()
             while depth:
                 depth += {"(": 1, ")": -1}.get(text[end], 0)
                 end += 1
             literals = re.findall(r'"((?:[^"\\]|\\.)*)"', text[match.end() : end])
-            literals = [x for x in literals if " " in x]  # else one of several words
-            line = text.count("\n", 0, match.start()) + 1
-            yield f"{path.name}:{line}", literals
+            place = f"{path.name}:{text.count(chr(10), 0, match.start()) + 1}"
+            if match[1] == "check":
+                yield place, [x for x in literals if " " in x]  # else one of several words
+                continue
+            named = re.match(r'(op,\s*)?"', text[match.end() :])
+            name, words = (literals[0], literals[1:]) if named else ("", literals)
+            for said in SAID[match[1]]:
+                yield place, [f"expected {name}", said, *(words if said == " of shape " else ())]
 
 
 def test_every_check_is_reached():

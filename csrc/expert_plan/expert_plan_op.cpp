@@ -82,19 +82,16 @@ Results run(const char* op, const Tensor& experts_of, int64_t experts,
 
 Results expert_plan(const Tensor& indices, int64_t num_experts, std::optional<int64_t> max_rows) {
   constexpr auto op = "expert_plan";
-  check(indices.dim() == 2, op, ": expected indices of shape [tokens, slots], got ",
-        shape(indices));
-  check(indices.scalar_type() == ScalarType::Long, op, ": expected indices in int64, got ",
-        dtype(indices));
+  check_shape(op, "indices", indices, indices.dim() == 2, "[tokens, slots]");
+  check_dtype(op, "indices", indices, ScalarType::Long);
   check(num_experts >= 1, op, ": expected num_experts >= 1, got ", num_experts);
   return run<int64_t>(op, as_contiguous(indices), num_experts, max_rows);
 }
 
 Results expert_plan_from_weights(const Tensor& weights, std::optional<int64_t> max_rows) {
   constexpr auto op = "expert_plan_from_weights";
-  check(weights.dim() == 2 && weights.size(1) >= 1, op,
-        ": expected weights of shape [tokens, num_experts] with num_experts >= 1, got ",
-        shape(weights));
+  check_shape(op, "weights", weights, weights.dim() == 2 && weights.size(1) >= 1,
+              "[tokens, num_experts] with num_experts >= 1");
   std::optional<Results> results;
   dispatch_floating(op, "weights", weights, [&]<class T>() {
     results = run<T>(op, as_contiguous(weights), weights.size(1), max_rows);

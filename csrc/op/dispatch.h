@@ -42,6 +42,10 @@ void dispatch_floating(const char* op, const char* argument, const Tensor& tenso
   }
 }
 
+inline void check_floating(const char* op, const char* argument, const Tensor& tensor) {
+  dispatch_floating(op, argument, tensor, []<class T> {});
+}
+
 // False in the fork of a process that used torch's threads: they are not there, and to wait for them
 // would be for ever.
 inline bool has_threads() {
@@ -74,13 +78,13 @@ void launch(const Tensor& tensor, std::int64_t count, std::int64_t cost, const C
 template <class T> const T* data(const Tensor& tensor) {
   return static_cast<const T*>(tensor.const_data_ptr());
 }
-template <class T> const T* data(const std::optional<Tensor>& tensor) {
+template <class T> const T* data(const OptionalTensor& tensor) {
   return tensor ? data<T>(*tensor) : nullptr;
 }
 template <class T> T* mutable_data(const Tensor& tensor) {
   return static_cast<T*>(tensor.mutable_data_ptr());
 }
-template <class T> T* mutable_data(const std::optional<Tensor>& tensor) {
+template <class T> T* mutable_data(const OptionalTensor& tensor) {
   return tensor ? mutable_data<T>(*tensor) : nullptr;
 }
 
@@ -109,7 +113,7 @@ inline Tensor allocate(const Tensor& like, std::initializer_list<std::int64_t> s
 inline Tensor as_contiguous(const Tensor& tensor) {
   return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
 }
-inline std::optional<Tensor> contiguous(const std::optional<Tensor>& tensor) {
+inline OptionalTensor contiguous(const OptionalTensor& tensor) {
   return tensor ? std::optional(as_contiguous(*tensor)) : std::nullopt;
 }
 

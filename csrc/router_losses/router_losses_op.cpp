@@ -2,94 +2,13 @@
 
 #include <tuple>
 
-#include "op/check.h"
-#include "op/dispatch.h"
-#include "router_losses/router_losses_kernel.h"
+#include "router_losses/router_losses_check.h"
 
 namespace torch_routers {
 namespace {
 
 using std::int64_t;
-using OptionalTensor = std::optional<Tensor>;
 using Weight = std::optional<double>;  // none: the loss is not asked for
-
-// What both operators get.
-struct Inputs {
-  const char* op;
-  OptionalTensor lse, score_sums, counts;
-  Tensor group_tokens;
-  Weight balance, z, importance;
-  bool switch_convention, per_group, unbiased;
-
-  bool has_scores() const { return balance || importance; }
-  const Tensor& first() const { return z ? *lse : *score_sums; }
-
-  RouterLossesShape shape() const {
-    return {z ? lse->size(0) : 0, group_tokens.size(0), has_scores() ? score_sums->size(1) : 1,
-            per_group};
-  }
-
-  void check_matrix(const char* name, const OptionalTensor& matrix) const {
-    check(matrix.has_value(), op, ": expected ", name, " for the losses asked for, got none");
-    const int64_t groups = group_tokens.size(0);
-    check(matrix->dim() == 2 && matrix->size(0) == groups && matrix->size(1) >= 1, op,
-          ": expected ", name, " of shape [groups=", groups, ", num_experts], got ",
-          torch_routers::shape(*matrix));
-    check_same_device(op, first(), *matrix);
-  }
-
-  // Afterwards everything is contiguous, and what no loss needs is gone.
-  void prepare() {
-    check(balance || z || importance, op, ": expected the weight of a loss, got none");
-    check(group_tokens.dim() == 1, op, ": expected group_tokens of shape [groups], got ",
-          torch_routers::shape(group_tokens));
-    check(group_tokens.scalar_type() == ScalarType::Long, op,
-          ": expected group_tokens in int64, got ", dtype(group_tokens));
-    if (z) {
-      check(lse.has_value(), op, ": expected lse for the losses asked for, got none");
-      check(lse->dim() == 1, op, ": expected lse of shape [tokens], got ",
-            torch_routers::shape(*lse));
-    }
-    if (has_scores()) check_matrix("score_sums", score_sums);
-    if (balance) {
-      check_matrix("group_counts", counts);
-      check(counts->size(1) == score_sums->size(1), op, ": expected group_counts of shape ",
-            torch_routers::shape(*score_sums), ", that of score_sums, got ",
-            torch_routers::shape(*counts));
-      check(counts->scalar_type() == ScalarType::Long, op, ": expected group_counts in int64, got ",
-            dtype(*counts));
-    }
-    check(!z || !has_scores() || score_sums->scalar_type() == lse->scalar_type(), op,
-          ": expected score_sums in the dtype of lse, ", dtype(first()), ", got ",
-          has_scores() ? dtype(*score_sums) : dtype(first()));
-    check_same_device(op, first(), group_tokens);
-    lse = z ? contiguous(lse) : std::nullopt;
-    score_sums = has_scores() ? contiguous(score_sums) : std::nullopt;
-    counts = balance ? contiguous(counts) : std::nullopt;
-    group_tokens = as_contiguous(group_tokens);
-  }
-
-  template <class T>
-  RouterLosses<T> params(const double* squares, T* total, T* values, double* lse_slope,
-                         double* slopes) const {
-    return {shape(),
-            data<T>(score_sums),
-            data<int64_t>(counts),
-            data<int64_t>(group_tokens),
-            data<T>(lse),
-            squares,
-            importance.has_value(),
-            switch_convention,
-            unbiased,
-            balance.value_or(0),
-            z.value_or(0),
-            importance.value_or(0),
-            total,
-            values,
-            lse_slope,
-            slopes};
-  }
-};
 
 template <class Params>
 void run(const Tensor& on, int64_t count, int64_t cost, const Params& params) {
@@ -103,11 +22,12 @@ std::tuple<Tensor, Tensor> router_losses(const OptionalTensor& lse,
                                          const OptionalTensor& counts, const Tensor& group_tokens,
                                          Weight balance, Weight z, Weight importance,
                                          bool switch_convention, bool per_group, bool unbiased) {
-  Inputs in{"router_losses",   lse,       score_sums, counts, group_tokens, balance, z, importance,
-            switch_convention, per_group, unbiased};
+  RouterLossesInputs in{"router_losses",   lse,       score_sums, counts,
+                        group_tokens,      balance,   z,          importance,
+                        switch_convention, per_group, unbiased};
   in.prepare();
   const Tensor& first = in.first();
-  const RouterLossesShape shape = in.shape();
+  const RouterLossesShape shape = in.sizes();
   const Tensor total = allocate(first, {}), values = allocate(first, {3});
   OptionalTensor squares;
   if (z && shape.blocks() > 1) squares = allocate(first, {shape.blocks()}, ScalarType::Double);
@@ -126,24 +46,24 @@ std::tuple<Tensor, Tensor> router_losses_backward(
     const Tensor& grad_total, const OptionalTensor& lse, const OptionalTensor& score_sums,
     const OptionalTensor& counts, const Tensor& group_tokens, Weight balance, Weight z,
     Weight importance, bool switch_convention, bool per_group, bool unbiased) {
-  Inputs in{"_router_losses_backward",
-            lse,
-            score_sums,
-            counts,
-            group_tokens,
-            balance,
-            z,
-            importance,
-            switch_convention,
-            per_group,
-            unbiased};
+  RouterLossesInputs in{"_router_losses_backward",
+                        lse,
+                        score_sums,
+                        counts,
+                        group_tokens,
+                        balance,
+                        z,
+                        importance,
+                        switch_convention,
+                        per_group,
+                        unbiased};
   in.prepare();
   const Tensor& first = in.first();
   check(grad_total.dim() == 0 && grad_total.scalar_type() == first.scalar_type(), in.op,
         ": expected grad_total, a scalar in ", dtype(first), ", got ", dtype(grad_total),
-        " of shape ", torch_routers::shape(grad_total));
+        " of shape ", shape(grad_total));
   check_same_device(in.op, first, grad_total);
-  const RouterLossesShape shape = in.shape();
+  const RouterLossesShape shape = in.sizes();
   const bool has_scores = in.has_scores();
   const int64_t groups = has_scores ? shape.groups : 0, experts = has_scores ? shape.experts : 0;
   const Tensor grad_lse = allocate(first, {shape.tokens});

@@ -98,6 +98,16 @@ def samples_by_weight():
     yield Sample("the last of 64 experts", (torch.eye(64, dtype=torch.float64)[[63, 0, 31]],))
 
 
+def sized_by_index(tokens):
+    indices = random_indices(tokens, 20, num_experts=33)
+    yield Sample("every row", (indices, 33))
+    yield Sample("too few rows", (indices, 33), {"max_rows": 15 * tokens})
+
+
+def sized_by_weight(tokens):
+    yield Sample("sparse", (seeded(tokens, 33).sub(0.5).relu(),))
+
+
 # ---- errors --------------------------------------------------------------------------------------
 
 
@@ -154,10 +164,11 @@ CASES = [
     OpCase(
         "expert_plan", call_by_index, by_index, samples_by_index, errors_by_index,
         overloads_by_index, dtypes=(torch.float32,), tolerance=lambda sample: 0,
+        sized=sized_by_index,
     ),
     OpCase(
         "expert_plan_from_weights", call_by_weight, by_weight, samples_by_weight, errors_by_weight,
-        overloads_by_weight, tolerance=lambda sample: 0,
+        overloads_by_weight, tolerance=lambda sample: 0, sized=sized_by_weight,
         dtypes=(torch.float32, torch.float64, torch.bfloat16, torch.float16),
     ),
 ]  # fmt: skip

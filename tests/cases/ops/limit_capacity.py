@@ -97,9 +97,11 @@ def reference(
 
 
 def call(indices, capacity, scores, *, num_experts, padding=0, **options):
-    """Options named as parts of the plan take their places."""
-    plan = plan_of(indices, num_experts, padding=padding)
-    plan = plan._replace(**{name: options.pop(name) for name in Plan._fields if name in options})
+    """Options named as parts of the plan take their places; if all are, no plan is made."""
+    given = {name: options.pop(name) for name in Plan._fields if name in options}
+    if len(given) < len(Plan._fields):
+        given = plan_of(indices, num_experts, padding=padding)._asdict() | given
+    plan = Plan(**given)
     argument = {"weight": "weights", "priority": "priority"}.get(options.get("policy"))
     if argument:
         options[argument] = scores
@@ -162,6 +164,13 @@ def samples():
     for name, seed in ("tensor", torch.tensor(2**40 + 3)), ("negative", -1):
         yield sample(f"seed-{name}", "random", some, 4, 9, seed=seed, row_ids=ids)
     yield sample("dropped-before", "position", some, 4, 5, dropped=torch.tensor(3))
+
+
+def sized(tokens):
+    indices = drawn(tokens, 10, 9)
+    plan = plan_of(indices, 9)._asdict()
+    for policy in "position", "weight", "priority", "random":
+        yield sample("plain", policy, indices, 9, tokens // 2, **plan)
 
 
 # ---- errors --------------------------------------------------------------------------------------
@@ -277,5 +286,6 @@ CASES = [
     OpCase(
         "limit_capacity", call, reference, samples, errors, overloads,
         (torch.float32, torch.float64, torch.bfloat16, torch.float16), lambda sample: 0,
+        sized=sized,
     )
 ]  # fmt: skip

@@ -122,6 +122,13 @@ def samples():
     )
 
 
+def sized(tokens):
+    """Ten times as many: so little is done with one."""
+    groups = statistics([3 * tokens, 0, 7 * tokens], 33)
+    for per_group in False, True:
+        yield Sample(f"per group {per_group}", groups, ALL | {"per_group": per_group})
+
+
 def errors():
     lse, sums, counts, tokens = (x[:2] if i == 0 else x for i, x in enumerate(statistics([2], 4)))
     op = "router_losses: expected "
@@ -170,5 +177,6 @@ def overloads(sample):
 
 CASES = [
     OpCase("router_losses", call, reference, samples, errors, overloads,
-           (torch.float32, torch.float64), lambda sample: 8 + sample.args[0].numel() / 256),
+           (torch.float32, torch.float64), lambda sample: 8 + sample.args[0].numel() / 256,
+           sized=sized),
 ]  # fmt: skip

@@ -121,6 +121,21 @@ def combine_samples():
     yield Sample("not finite", (rows, weights, order, inverse))
 
 
+def sized_plan(tokens):
+    return order_and_inverse(random_experts(tokens, 3, empty=0.2), spare=tokens // 10)
+
+
+def permute_sized(tokens):
+    yield Sample("some slots", (seeded(tokens, 33), *sized_plan(tokens)))
+
+
+def combine_sized(tokens):
+    order, inverse = sized_plan(tokens)
+    rows = seeded(len(order), 33)
+    for weights in seeded(tokens, 3, seed=1), None:
+        yield Sample("some slots", (rows, weights, order, inverse))
+
+
 # ---- errors --------------------------------------------------------------------------------------
 
 
@@ -214,7 +229,7 @@ def overloads(sample):
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 CASES = [
     OpCase("permute_tokens", permute, permute_reference, permute_samples, permute_errors, overloads,
-           DTYPES, lambda sample: 0),
+           DTYPES, lambda sample: 0, sized=permute_sized),
     OpCase("combine_tokens", combine, combine_reference, combine_samples, combine_errors, overloads,
-           DTYPES, lambda sample: 1 + sample.args[-1].shape[1]),
+           DTYPES, lambda sample: 1 + sample.args[-1].shape[1], sized=combine_sized),
 ]  # fmt: skip
