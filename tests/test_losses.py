@@ -1,13 +1,17 @@
 """The auxiliary losses: worked examples, gradients, and what they refuse."""
 
+import json
+from functools import partial
+
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import torch_routers as tr
 from torch_routers.losses import importance as importance_of
-from torch_routers.losses import load_balance, z_loss
+from torch_routers.losses import load_balance, transformers_load_balance, z_loss
 
 LOGITS = torch.tensor(
     [[2, 1, 0], [0, 2, 1], [3, 0, 1], [1, 0.5, 0]], dtype=torch.float64, requires_grad=True
@@ -16,6 +20,11 @@ LOGITS = torch.tensor(
 
 def statistics(logits, top_k=2, **options):
     return tr.ops.topk_gate(logits, top_k, statistics=True, **options)[2]
+
+
+def routing(logits, top_k=2, **options):
+    weights, indices, s = tr.ops.topk_gate(logits, top_k, statistics=True, **options)
+    return tr.Routing(weights, indices, logits, s.group_counts.sum(0), s)
 
 
 def balance(logits, **options):
@@ -40,10 +49,60 @@ def test_balance_of_a_worked_example():
     assert_close(gradient, expected, rtol=0, atol=5e-8)
 
 
-def test_balance_by_the_convention_of_switch_is_top_k_times_as_large():
-    s = statistics(LOGITS)
-    loss = load_balance(s.score_sums[0], s.group_counts[0], s.group_tokens[0], convention="switch")
-    assert_close(loss.item(), 2.1308854, rtol=0, atol=5e-8)
+@pytest.mark.parametrize(
+    "convention, expected",
+    [
+        ("megatron", 1.0654427),
+        ("switch", 2.1308854),
+        ("gshard", 1.4204654),
+        ("deepspeed", 1.0654427),
+    ],
+)
+def test_conventions_of_balance_of_a_worked_example(convention, expected):
+    """First choices 3, 1, 0."""
+    loss = tr.losses.LoadBalanceLoss(1.0, convention)(routing(LOGITS))
+    assert_close(loss.item(), expected, rtol=0, atol=5e-8)
+
+
+def test_balance_of_deepspeed_counts_empty_slots_that_of_megatron_does_not():
+    indices = torch.tensor([[0, 1], [1, -1], [-1, -1], [0, -1]])
+    full, counts = LOGITS.softmax(1).sum(0), torch.tensor([2, 2, 0])
+    _, s = tr.ops.gate(LOGITS, indices, statistics=True)
+    partly_empty = tr.Routing(s.lse, indices, LOGITS, s.group_counts[0], s)
+    for convention, slots in ("megatron", 4), ("deepspeed", 8), ("switch", 4), ("gshard", 4):
+        of = torch.tensor([2, 1, 0]) if convention == "gshard" else counts
+        expected = 3 * (of / slots * full / 4).sum()
+        assert_close(tr.losses.LoadBalanceLoss(1.0, convention)(partly_empty), expected)
+
+
+def test_the_loss_of_transformers_is_one_product_over_all_layers():
+    layers = [torch.randn(tokens, 4, dtype=torch.float64) for tokens in (5, 7)]
+    all_tokens = torch.cat(layers)
+    shares = F.one_hot(all_tokens.topk(2).indices, 4).double().sum(1).mean(0)
+    expected = 4 * (shares * all_tokens.softmax(1).mean(0)).sum()
+    assert_close(transformers_load_balance(routing(layer) for layer in layers), expected)
+
+
+def test_the_loss_of_transformers_is_top_k_times_that_of_megatron_on_one_layer():
+    expected = tr.losses.LoadBalanceLoss(2.0)(routing(LOGITS)) * 2
+    assert_close(transformers_load_balance([routing(LOGITS)]), expected)
+    assert_close(expected.item(), 2.1308854, rtol=0, atol=5e-8)
+
+
+def test_opposite_imbalances_of_two_layers_cancel_in_the_loss_of_transformers():
+    left, right = (routing(99 * torch.eye(2)[[e, e, e]], top_k=1) for e in (0, 1))
+    assert_close(transformers_load_balance([left, right]), torch.tensor(1.0))
+    assert_close(tr.losses.LoadBalanceLoss(1.0)(left), torch.tensor(2.0))
+
+
+def test_the_loss_of_transformers_says_which_routings_it_needs():
+    said = "transformers_load_balance: expected routings with the same number of experts, got "
+    with pytest.raises(ValueError, match=said + "none"):
+        transformers_load_balance([])
+    with pytest.raises(ValueError, match=said + r"\[3, 4\]"):
+        transformers_load_balance([routing(LOGITS), routing(torch.randn(4, 4).double())])
+    with pytest.raises(ValueError, match="transformers_load_balance: expected a routing with stat"):
+        transformers_load_balance([tr.TopKRouter(6, 4, 2)(torch.randn(9, 6))])
 
 
 def test_z_of_a_worked_example():
@@ -86,19 +145,103 @@ def test_a_million_tokens_in_float32():
     assert_close(z_loss(lse, torch.tensor(len(lse))).double(), exact, rtol=1e-7, atol=0)
 
 
-@pytest.mark.parametrize("loss", [balance, z, importance])
-def test_masked_tokens_count_for_nothing(loss):
-    mask = torch.tensor([True, False, True, True])
-    assert_close(loss(LOGITS, valid_mask=mask), loss(LOGITS[mask]))
+# ---- what is true of every loss ------------------------------------------------------------------
+
+EACH = [
+    *(tr.losses.LoadBalanceLoss(0.5, c) for c in ("megatron", "switch", "gshard", "deepspeed")),
+    tr.losses.ZLoss(0.5),
+    tr.losses.ImportanceLoss(0.5),
+    tr.losses.ImportanceLoss(0.5, unbiased=True),
+]
+each_loss = pytest.mark.parametrize("loss", EACH, ids=repr)
+MASK = torch.tensor([True, True, False, True, False, False, True, True, False, False])
 
 
-@pytest.mark.parametrize("loss", [balance, z, importance])
+def value_and_gradient(loss, logits, **options):
+    logits = logits.clone().requires_grad_()
+    value = loss(routing(logits, **options))
+    return value.detach(), torch.autograd.grad(value, logits)[0]
+
+
+@each_loss
+def test_gradcheck(loss):
+    logits = torch.randn(7, 4, dtype=torch.float64, requires_grad=True)
+    for offsets in None, torch.tensor([0, 3, 3, 7]):
+        of_logits = partial(routing, group_offsets=offsets)
+        assert torch.autograd.gradcheck(lambda x, of=of_logits: loss(of(x)), logits)
+
+
+@each_loss
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_no_tokens_are_no_loss(loss, dtype):
-    logits = torch.zeros(0, 3, dtype=dtype, requires_grad=True)
-    value = loss(logits)
-    assert value.item() == 0 and value.dtype == dtype
-    assert torch.autograd.grad(value, logits)[0].shape == (0, 3)
+def test_padded_tokens_count_for_nothing_and_their_content_changes_no_bit(loss, dtype):
+    logits = torch.randn(10, 4, dtype=dtype)
+    other = torch.where(MASK.unsqueeze(1), logits, torch.nan)
+    in_groups = (
+        {"group_offsets": torch.tensor([0, 5, 8, 10])},
+        {"group_offsets": torch.tensor([0, 3, 5, 5])},
+    )
+    for padded, compact in ({}, {}), in_groups:
+        value, gradient = value_and_gradient(loss, logits, valid_mask=MASK, **padded)
+        alone, of_alone = value_and_gradient(loss, logits[MASK], **compact)
+        assert_close(value, alone, rtol=1e-6, atol=1e-7)
+        assert_close(gradient[MASK], of_alone, rtol=1e-6, atol=1e-6)
+        assert (gradient[~MASK] == 0).all()
+        again, of_again = value_and_gradient(loss, other, valid_mask=MASK, **padded)
+        assert torch.equal(value, again) and torch.equal(gradient, of_again)
+
+
+@each_loss
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("tokens", [0, 3])
+def test_without_tokens_there_is_no_loss(loss, dtype, tokens):
+    mask = torch.zeros(tokens, dtype=torch.bool)
+    logits = torch.randn(tokens, 3, dtype=dtype)
+    value, gradient = value_and_gradient(loss, logits, valid_mask=mask)
+    assert value == 0 and value.dtype == dtype and (gradient == 0).all()
+
+
+@each_loss
+def test_a_single_expert_has_no_choice(loss):
+    """Its balance is perfect, so that no gradient is left but that of z."""
+    logits = torch.randn(5, 1)
+    value, gradient = value_and_gradient(loss, logits, top_k=1)
+    if isinstance(loss, tr.losses.ZLoss):
+        assert_close((value, gradient), (logits.square().mean(), 2 / 5 * logits))
+    else:
+        assert_close(value, torch.tensor(float("balance" in loss.name)))
+        assert_close(gradient, torch.zeros(5, 1))
+
+
+@each_loss
+def test_groups_change_no_loss_but_that_of_sequences(loss):
+    logits, offsets = torch.randn(10, 4), torch.tensor([0, 3, 3, 10])
+    split = value_and_gradient(loss, logits, group_offsets=offsets)
+    if not loss.per_sequence:
+        assert_close(split, value_and_gradient(loss, logits))
+
+
+@each_loss
+def test_a_router_with_the_loss_compiles(loss):
+    router, x = tr.TopKRouter(6, 4, 2, losses=[loss]), torch.randn(9, 6)
+    compiled = torch.compile(router, fullgraph=True, backend="aot_eager")
+    mask = torch.arange(9) % 3 > 0
+    for options in {}, {"valid_mask": mask}:
+        results = [f(x, **options).aux_loss for f in (router, compiled)]
+        assert_close(*results)
+        assert_close(*[torch.autograd.grad(result, router.weight) for result in results])
+
+
+@each_loss
+def test_the_objective_is_proportional_to_the_weight(loss):
+    loss = tr.from_config(loss.config())
+    router, x = tr.TopKRouter(6, 4, 2, losses=[loss]), torch.randn(9, 6)
+    gradients = []
+    for loss.weight in 1.0, -2.0, 0.0:
+        r = router(x)
+        assert_close(r.aux_loss, loss.weight * r.losses[loss.name])
+        gradients += torch.autograd.grad(r.aux_loss, router.weight)
+    assert gradients[0].abs().max() > 1e-4
+    assert_close(gradients[1:], [-2 * gradients[0], 0 * gradients[0]])
 
 
 # ---- the losses of a router ----------------------------------------------------------------------
@@ -127,6 +270,7 @@ class AgainZ(tr.losses.ZLoss):
 SETS = {
     "balance": [tr.losses.LoadBalanceLoss(0.5)],
     "own": [Largest(0.5)],
+    "computed apart": [tr.losses.ZLoss(0.25), tr.losses.LoadBalanceLoss(0.5, "gshard")],
     "three": [
         tr.losses.ZLoss(0.25),
         tr.losses.LoadBalanceLoss(0.5, "switch"),
@@ -163,7 +307,15 @@ def test_the_objective_is_the_weighted_sum(losses):
 
 
 @pytest.mark.parametrize(
-    "name, calls", [("balance", 1), ("own", 0), ("three", 1), ("mixed", 1), ("overridden", 2)]
+    "name, calls",
+    [
+        ("balance", 1),
+        ("own", 0),
+        ("computed apart", 2),
+        ("three", 1),
+        ("mixed", 1),
+        ("overridden", 2),
+    ],
 )
 def test_the_losses_of_a_router_are_one_call(name, calls):
     router = tr.TopKRouter(6, 4, 2, losses=SETS[name])
@@ -172,12 +324,20 @@ def test_the_losses_of_a_router_are_one_call(name, calls):
     assert mode.count == calls
 
 
-@each_set
-def test_losses_survive_their_configuration(losses):
-    for loss in losses:
-        again = tr.from_config(loss.config())
-        assert type(again) is type(loss) and again.config() == loss.config()
-        assert repr(again) == repr(loss)
+@pytest.mark.parametrize("loss", [*EACH, *SETS["overridden"]], ids=repr)
+def test_losses_survive_their_configuration(loss):
+    again = tr.from_config(json.loads(json.dumps(loss.config())))
+    assert type(again) is type(loss) and again.config() == loss.config()
+    assert repr(again) == repr(loss)
+
+
+def test_the_names_under_which_losses_are_logged():
+    names = {type(loss).__name__: loss.name for loss in EACH}
+    assert names == {
+        "LoadBalanceLoss": "load_balance",
+        "ZLoss": "z",
+        "ImportanceLoss": "importance",
+    }
 
 
 def test_a_weight_may_change_between_calls():
@@ -190,9 +350,12 @@ def test_a_weight_may_change_between_calls():
 
 
 def test_a_convention_that_is_none_raises():
-    said = r"LoadBalanceLoss: expected convention in \['megatron', 'switch'\], got 'gshard'"
-    with pytest.raises(ValueError, match=said):
-        tr.losses.LoadBalanceLoss(1.0, "gshard")
+    with pytest.raises(ValueError) as info:
+        tr.losses.LoadBalanceLoss(1.0, "mola")
+    assert str(info.value) == (
+        "LoadBalanceLoss: expected convention in ['megatron', 'switch', 'gshard', 'deepspeed'], "
+        "got 'mola'"
+    )
 
 
 def test_a_loss_without_statistics_says_so():

@@ -1,6 +1,6 @@
 """Auxiliary losses: pure functions of tensors, and the small modules that carry a weight."""
 
-from torch_routers.losses.balance import LoadBalanceLoss, load_balance
+from torch_routers.losses.balance import LoadBalanceLoss, load_balance, transformers_load_balance
 from torch_routers.losses.base import RouterLoss, StatisticsLoss
 from torch_routers.losses.importance import ImportanceLoss, importance
 from torch_routers.losses.z import ZLoss, z_loss
@@ -13,5 +13,6 @@ __all__ = [
     "ZLoss",
     "importance",
     "load_balance",
+    "transformers_load_balance",
     "z_loss",
 ]
