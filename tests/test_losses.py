@@ -105,6 +105,39 @@ def test_the_loss_of_transformers_says_which_routings_it_needs():
         transformers_load_balance([tr.TopKRouter(6, 4, 2)(torch.randn(9, 6))])
 
 
+def test_balance_of_sequences_is_the_mean_of_that_of_each():
+    """Sequences without tokens are none."""
+    offsets = torch.tensor([0, 1, 4, 4])
+    expected = (balance(LOGITS[:1]) + balance(LOGITS[1:])) / 2
+    loss = tr.losses.SequenceBalanceLoss(1.0)(routing(LOGITS, group_offsets=offsets))
+    assert_close(loss, expected)
+
+
+def test_balance_of_sequences_sees_what_cancels_in_the_batch():
+    """Sequence 0 sends all tokens to expert 0, sequence 1 to expert 1."""
+    logits = 99 * torch.eye(2)[[0, 0, 1, 1]].view(2, 2, 2)
+    r = routing(logits, top_k=1, group_offsets=torch.tensor([0, 2, 4]))
+    assert_close(tr.losses.SequenceBalanceLoss(1.0)(r), torch.tensor(2.0))
+    assert_close(tr.losses.LoadBalanceLoss(1.0)(r), torch.tensor(1.0))
+
+
+def test_balance_of_sequences_raises_where_the_router_mixed_them():
+    said = (
+        "SequenceBalanceLoss: expected a routing with a group per sequence, got one group of 2 "
+        "samples. Its router must honour wants_groups"
+    )
+    with pytest.raises(ValueError, match=said):
+        tr.losses.SequenceBalanceLoss(1.0)(routing(LOGITS.view(2, 2, 3)))
+    assert_close(tr.losses.SequenceBalanceLoss(1.0)(routing(LOGITS[None])), balance(LOGITS))
+
+
+def test_a_router_wants_groups_for_losses_of_sequences_in_training():
+    batch, sequences = tr.losses.LoadBalanceLoss(1.0), tr.losses.SequenceBalanceLoss(1.0)
+    assert tr.TopKRouter(6, 4, 2, losses=[batch, sequences]).wants_groups
+    assert not tr.TopKRouter(6, 4, 2, losses=[batch]).wants_groups
+    assert not tr.TopKRouter(6, 4, 2, losses=[sequences]).eval().wants_groups
+
+
 def test_z_of_a_worked_example():
     assert_close(z(LOGITS).item(), 6.1160907, rtol=0, atol=5e-8)
     gradient = torch.autograd.grad(z(LOGITS), LOGITS)[0][0]
@@ -149,6 +182,7 @@ def test_a_million_tokens_in_float32():
 
 EACH = [
     *(tr.losses.LoadBalanceLoss(0.5, c) for c in ("megatron", "switch", "gshard", "deepspeed")),
+    tr.losses.SequenceBalanceLoss(0.5),
     tr.losses.ZLoss(0.5),
     tr.losses.ImportanceLoss(0.5),
     tr.losses.ImportanceLoss(0.5, unbiased=True),
@@ -271,6 +305,11 @@ SETS = {
     "balance": [tr.losses.LoadBalanceLoss(0.5)],
     "own": [Largest(0.5)],
     "computed apart": [tr.losses.ZLoss(0.25), tr.losses.LoadBalanceLoss(0.5, "gshard")],
+    "batch and sequences": [
+        tr.losses.SequenceBalanceLoss(0.25),
+        tr.losses.ImportanceLoss(0.5),
+        tr.losses.LoadBalanceLoss(0.5),
+    ],
     "three": [
         tr.losses.ZLoss(0.25),
         tr.losses.LoadBalanceLoss(0.5, "switch"),
@@ -312,6 +351,7 @@ def test_the_objective_is_the_weighted_sum(losses):
         ("balance", 1),
         ("own", 0),
         ("computed apart", 2),
+        ("batch and sequences", 2),
         ("three", 1),
         ("mixed", 1),
         ("overridden", 2),
@@ -335,6 +375,7 @@ def test_the_names_under_which_losses_are_logged():
     names = {type(loss).__name__: loss.name for loss in EACH}
     assert names == {
         "LoadBalanceLoss": "load_balance",
+        "SequenceBalanceLoss": "sequence_balance",
         "ZLoss": "z",
         "ImportanceLoss": "importance",
     }

@@ -1,6 +1,11 @@
 """Auxiliary losses: pure functions of tensors, and the small modules that carry a weight."""
 
-from torch_routers.losses.balance import LoadBalanceLoss, load_balance, transformers_load_balance
+from torch_routers.losses.balance import (
+    LoadBalanceLoss,
+    SequenceBalanceLoss,
+    load_balance,
+    transformers_load_balance,
+)
 from torch_routers.losses.base import RouterLoss, StatisticsLoss
 from torch_routers.losses.importance import ImportanceLoss, importance
 from torch_routers.losses.z import ZLoss, z_loss
@@ -9,6 +14,7 @@ __all__ = [
     "ImportanceLoss",
     "LoadBalanceLoss",
     "RouterLoss",
+    "SequenceBalanceLoss",
     "StatisticsLoss",
     "ZLoss",
     "importance",

@@ -124,6 +124,45 @@ class LoadBalanceLoss(StatisticsLoss):
         return loss / routing.indices.shape[-1] if self.convention == "deepspeed" else loss
 
 
+class SequenceBalanceLoss(StatisticsLoss):
+    r"""The balance loss of each sequence alone, and the mean over them (DeepSeek-V2 and V3).
+
+    .. math::  L = \frac{1}{B} \sum_b E \sum_e f_{be} P_{be}, \qquad
+               f_{be} = c_{be} \Big/ \sum_i c_{bi}, \qquad
+               P_{be} = \frac{1}{S_b} \sum_s p_{bse}
+
+    over the :math:`B` sequences that have tokens, of which :math:`S_b` in sequence :math:`b`
+    (arXiv 2405.04434, arXiv 2412.19437). 1 where the experts of every sequence share alike; one
+    imbalance does not make up for that of another sequence.
+
+    A sequence is a group of the statistics. Routers make a group of each sample of an input of
+    shape ``[samples, tokens, hidden_size]``; without a dimension of samples, all tokens are one.
+
+    Args:
+        weight: the factor in the objective; 1e-4 in the report of DeepSeek-V3, 1e-3 in the released
+            configurations of V2 and V3.
+
+    Raises:
+        ValueError: the router made one group of several samples.
+    """
+
+    name, term = "sequence_balance", "balance"
+    per_sequence = True
+
+    def options(self) -> dict[str, Any]:
+        return {"per_group": True}
+
+    def statistics(self, routing: Routing) -> ops.Statistics:
+        statistics = super().statistics(routing)
+        samples, groups = statistics.lse.shape[:-1].numel(), len(statistics.group_tokens)
+        if groups == 1 and samples > 1:
+            raise ValueError(
+                f"SequenceBalanceLoss: expected a routing with a group per sequence, got one group "
+                f"of {samples} samples. Its router must honour wants_groups"
+            )
+        return statistics
+
+
 def first_choices(indices: Tensor, num_experts: int) -> Tensor:
     """``[num_experts]`` int64: how often each expert is in slot 0. In plain PyTorch."""
     first = indices[..., 0].flatten() + 1  # an empty slot is counted at 0, and left out

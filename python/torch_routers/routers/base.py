@@ -101,6 +101,11 @@ class Router(Configurable, nn.Module):
         """Whether losses will read ``lse`` and ``score_sums`` of the statistics."""
         return self.training and len(self.losses) > 0
 
+    @property
+    def wants_groups(self) -> bool:
+        """Whether losses will read the statistics of each sequence: one group per sample."""
+        return self.training and any(loss.per_sequence for loss in self.losses)
+
     @staticmethod
     def full_precision(x: Tensor) -> Tensor:
         """``x`` in the dtype in which routers compute: float32, or float64 where ``x`` is."""
