@@ -1,13 +1,20 @@
 """The auxiliary losses: worked examples, gradients, and what they refuse."""
 
+import copy
 import json
+import os
+import pickle
+import subprocess
+import sys
 from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 import torch_routers as tr
 from torch_routers.losses import importance as importance_of
@@ -183,21 +190,26 @@ def test_a_million_tokens_in_float32():
 EACH = [
     *(tr.losses.LoadBalanceLoss(0.5, c) for c in ("megatron", "switch", "gshard", "deepspeed")),
     tr.losses.SequenceBalanceLoss(0.5),
+    tr.losses.GlobalBalanceLoss(0.5),
     tr.losses.ZLoss(0.5),
     tr.losses.ImportanceLoss(0.5),
     tr.losses.ImportanceLoss(0.5, unbiased=True),
 ]
-each_loss = pytest.mark.parametrize("loss", EACH, ids=repr)
 MASK = torch.tensor([True, True, False, True, False, False, True, True, False, False])
 
 
+@pytest.fixture(params=EACH, ids=repr)
+def loss(request):
+    return copy.deepcopy(request.param)
+
+
 def value_and_gradient(loss, logits, **options):
+    loss = copy.deepcopy(loss)  # some remember
     logits = logits.clone().requires_grad_()
     value = loss(routing(logits, **options))
     return value.detach(), torch.autograd.grad(value, logits)[0]
 
 
-@each_loss
 def test_gradcheck(loss):
     logits = torch.randn(7, 4, dtype=torch.float64, requires_grad=True)
     for offsets in None, torch.tensor([0, 3, 3, 7]):
@@ -205,7 +217,6 @@ def test_gradcheck(loss):
         assert torch.autograd.gradcheck(lambda x, of=of_logits: loss(of(x)), logits)
 
 
-@each_loss
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_padded_tokens_count_for_nothing_and_their_content_changes_no_bit(loss, dtype):
     logits = torch.randn(10, 4, dtype=dtype)
@@ -224,7 +235,6 @@ def test_padded_tokens_count_for_nothing_and_their_content_changes_no_bit(loss, 
         assert torch.equal(value, again) and torch.equal(gradient, of_again)
 
 
-@each_loss
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("tokens", [0, 3])
 def test_without_tokens_there_is_no_loss(loss, dtype, tokens):
@@ -234,7 +244,6 @@ def test_without_tokens_there_is_no_loss(loss, dtype, tokens):
     assert value == 0 and value.dtype == dtype and (gradient == 0).all()
 
 
-@each_loss
 def test_a_single_expert_has_no_choice(loss):
     """Its balance is perfect, so that no gradient is left but that of z."""
     logits = torch.randn(5, 1)
@@ -246,7 +255,6 @@ def test_a_single_expert_has_no_choice(loss):
         assert_close(gradient, torch.zeros(5, 1))
 
 
-@each_loss
 def test_groups_change_no_loss_but_that_of_sequences(loss):
     logits, offsets = torch.randn(10, 4), torch.tensor([0, 3, 3, 10])
     split = value_and_gradient(loss, logits, group_offsets=offsets)
@@ -254,20 +262,19 @@ def test_groups_change_no_loss_but_that_of_sequences(loss):
         assert_close(split, value_and_gradient(loss, logits))
 
 
-@each_loss
 def test_a_router_with_the_loss_compiles(loss):
-    router, x = tr.TopKRouter(6, 4, 2, losses=[loss]), torch.randn(9, 6)
-    compiled = torch.compile(router, fullgraph=True, backend="aot_eager")
-    mask = torch.arange(9) % 3 > 0
-    for options in {}, {"valid_mask": mask}:
-        results = [f(x, **options).aux_loss for f in (router, compiled)]
+    routers = [tr.TopKRouter(6, 4, 2, losses=[loss])]
+    routers.append(copy.deepcopy(routers[0]))
+    calls = routers[0], torch.compile(routers[1], fullgraph=True, backend="aot_eager")
+    for options in {}, {"valid_mask": torch.arange(9) % 3 > 0}:
+        x = torch.randn(9, 6)
+        results = [call(x, **options).aux_loss for call in calls]
         assert_close(*results)
-        assert_close(*[torch.autograd.grad(result, router.weight) for result in results])
+        gradients = [torch.autograd.grad(y, r.weight) for y, r in zip(results, routers)]
+        assert_close(*gradients)
 
 
-@each_loss
 def test_the_objective_is_proportional_to_the_weight(loss):
-    loss = tr.from_config(loss.config())
     router, x = tr.TopKRouter(6, 4, 2, losses=[loss]), torch.randn(9, 6)
     gradients = []
     for loss.weight in 1.0, -2.0, 0.0:
@@ -330,6 +337,173 @@ class CallsOfRouterLosses(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+# ---- the global batch ----------------------------------------------------------------------------
+
+
+def test_global_balance_sees_the_counts_of_all_micro_batches_since_the_last_reset():
+    loss, batches = tr.losses.GlobalBalanceLoss(1.0), torch.randn(3, 7, 4, dtype=torch.float64)
+    for _ in range(2):
+        seen = torch.zeros(4, dtype=torch.int64)
+        for x in batches:
+            r = routing(x)
+            seen += r.counts
+            s = r.statistics
+            assert_close(loss(r), load_balance(s.score_sums[0], seen, s.group_tokens[0]))
+        loss.reset()
+
+
+def test_micro_batches_may_be_unbalanced_if_the_global_batch_is_not():
+    loss = tr.losses.GlobalBalanceLoss(1.0)
+    left, right = (routing(99 * torch.eye(2)[[e, e, e]], top_k=1) for e in (0, 1))
+    assert_close([loss(left), loss(right)], [torch.tensor(2.0), torch.tensor(1.0)])
+
+
+def test_a_later_micro_batch_does_not_change_the_gradient_of_an_earlier_one():
+    loss, x = tr.losses.GlobalBalanceLoss(1.0), torch.randn(7, 4, requires_grad=True)
+    expected = value_and_gradient(loss, x.detach())[1]
+    value = loss(routing(x))
+    loss(routing(torch.randn(9, 4)))
+    loss.reset()
+    assert torch.equal(torch.autograd.grad(value, x)[0], expected)
+
+
+def through_pickle(loss):
+    return pickle.loads(pickle.dumps(loss))
+
+
+@pytest.mark.parametrize("again", [copy.deepcopy, through_pickle])
+def test_counts_are_in_a_copy_and_not_in_the_state_dict(again):
+    loss, first, second = tr.losses.GlobalBalanceLoss(1.0), *torch.randn(2, 7, 4)
+    loss(routing(first))
+    copied = again(loss)
+    assert not loss.state_dict() and "group" not in loss.config()
+    assert torch.equal(copied(routing(second)), loss(routing(second)))
+    loss.reset()  # leaves the copy alone
+    assert not torch.equal(copied(routing(second)), loss(routing(second)))
+
+
+class Layer(nn.Module):
+    def __init__(self, run):
+        super().__init__()
+        router = tr.TopKRouter(8, 4, 2, losses=[tr.losses.GlobalBalanceLoss(8.0)])
+        nn.init.normal_(router.weight)
+        self.moe, self.run = tr.MoE(router, tr.SwiGLUExperts(4, 8, 6)), run
+
+    def forward(self, x):
+        return x + self.run(self.moe, x)
+
+
+def trained(run, compile=None):
+    """Gradients and counts of three steps of two micro-batches, through two layers."""
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(8, 8), Layer(run), Layer(run))
+    losses = [layer.moe.router.losses[0] for layer in model[1:]]
+    attached, results, probe = tr.attach(model), [], routing(9 * torch.eye(4)[[0, 0, 1]], 1)
+    for step, batches in enumerate(torch.randn(3, 2, 6, 8)):
+        for x in batches:
+            attached(model(x).square().mean()).backward()
+        if step == 0 and compile:  # not the first call: see GlobalBalanceLoss
+            compile(model)
+        results += [p.grad for p in model.parameters()]
+        results += [loss(probe) for loss in losses]  # tells how much was counted before
+        model.zero_grad()
+        for loss in losses:
+            loss.reset()
+    return results
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("compile", [None, "block in checkpoint", "checkpoint in model"])
+def test_a_recomputed_forward_is_not_counted_again(reentrant, compile):
+    compiler = partial(torch.compile, fullgraph=True, backend="aot_eager")
+
+    def compile_model(model):
+        if compile == "checkpoint in model":
+            model.compile(fullgraph=True, backend="aot_eager")
+        for layer in model[1:]:
+            layer.moe = compiler(layer.moe) if compile == "block in checkpoint" else layer.moe
+
+    actual = trained(partial(checkpoint, use_reentrant=reentrant), compile and compile_model)
+    assert_close(actual, trained(lambda layer, x: layer(x)), rtol=1e-4, atol=1e-5)
+
+
+def test_opcheck():
+    op = torch.ops.torch_routers._count.default
+    torch.library.opcheck(op, (torch.tensor([1, 2]), torch.tensor([3, 0])))
+
+
+RANKS = """
+import os, sys, torch, torch.distributed as dist, torch_routers as tr
+
+rank, store, case = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+assert case != "fails" or rank == 0, "as it should"
+all_tokens = torch.randn(12, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+mine = all_tokens[:3] if rank == 0 else all_tokens[3:]
+
+def gradient(x, loss, call=lambda router: router):
+    torch.manual_seed(1)
+    router = tr.TopKRouter(6, 4, 2, losses=[loss]).double()
+    call(router)(x).aux_loss.backward()
+    return router.weight.grad
+
+def compiled(router):
+    return torch.compile(router, fullgraph=True, backend="aot_eager")
+
+expected = gradient(all_tokens, tr.losses.LoadBalanceLoss(1.0))
+for call in compiled, lambda router: router:
+    actual = gradient(mine, tr.losses.GlobalBalanceLoss(1.0), call)
+    actual *= len(mine) * 2 / len(all_tokens)
+    dist.all_reduce(actual)
+    torch.testing.assert_close(actual / 2, expected)
+
+groups = [dist.new_group([0]), dist.new_group([1])]
+alone = tr.losses.GlobalBalanceLoss(1.0)
+alone.group = groups[rank]
+expected = gradient(mine, tr.losses.LoadBalanceLoss(1.0))
+torch.testing.assert_close(gradient(mine, alone), expected)
+
+import copy
+assert copy.deepcopy(alone).group is groups[rank] and tr.from_config(alone.config()).group is None
+
+dist.barrier()
+dist.destroy_process_group()
+sys.stdout.flush()
+os._exit(0)
+"""
+
+
+def run_on_two_ranks(program, store, case):
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", program, str(rank), str(store), case],
+            env=environment, stderr=subprocess.PIPE, text=True,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    try:
+        for rank in reversed(ranks):
+            assert rank.wait(timeout=60) == 0, rank.stderr.read()
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.communicate()
+
+
+def test_global_balance_of_two_ranks_with_different_numbers_of_tokens(tmp_path):
+    """Gradients that are averaged over the ranks are those of one rank with all tokens."""
+    run_on_two_ranks(RANKS, tmp_path / "store", "passes")
+
+
+def test_a_rank_that_fails_fails_the_test(tmp_path):
+    with pytest.raises(AssertionError, match="as it should"):
+        run_on_two_ranks(RANKS, tmp_path / "store", "fails")
+
+
+# ---- several losses ------------------------------------------------------------------------------
+
+
 @each_set
 def test_the_objective_is_the_weighted_sum(losses):
     """Of what each says alone; and so is its gradient."""
@@ -364,7 +538,6 @@ def test_the_losses_of_a_router_are_one_call(name, calls):
     assert mode.count == calls
 
 
-@pytest.mark.parametrize("loss", [*EACH, *SETS["overridden"]], ids=repr)
 def test_losses_survive_their_configuration(loss):
     again = tr.from_config(json.loads(json.dumps(loss.config())))
     assert type(again) is type(loss) and again.config() == loss.config()
@@ -376,6 +549,7 @@ def test_the_names_under_which_losses_are_logged():
     assert names == {
         "LoadBalanceLoss": "load_balance",
         "SequenceBalanceLoss": "sequence_balance",
+        "GlobalBalanceLoss": "global_balance",
         "ZLoss": "z",
         "ImportanceLoss": "importance",
     }

@@ -7,10 +7,12 @@ from torch_routers.losses.balance import (
     transformers_load_balance,
 )
 from torch_routers.losses.base import RouterLoss, StatisticsLoss
+from torch_routers.losses.global_balance import GlobalBalanceLoss
 from torch_routers.losses.importance import ImportanceLoss, importance
 from torch_routers.losses.z import ZLoss, z_loss
 
 __all__ = [
+    "GlobalBalanceLoss",
     "ImportanceLoss",
     "LoadBalanceLoss",
     "RouterLoss",
