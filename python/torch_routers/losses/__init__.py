@@ -1,17 +1,26 @@
 """Auxiliary losses: pure functions of tensors, and the small modules that carry a weight."""
 
-from torch_routers.losses.balance import LoadBalanceLoss, load_balance
+from torch_routers.losses.balance import (
+    LoadBalanceLoss,
+    SequenceBalanceLoss,
+    load_balance,
+    transformers_load_balance,
+)
 from torch_routers.losses.base import RouterLoss, StatisticsLoss
+from torch_routers.losses.global_balance import GlobalBalanceLoss
 from torch_routers.losses.importance import ImportanceLoss, importance
 from torch_routers.losses.z import ZLoss, z_loss
 
 __all__ = [
+    "GlobalBalanceLoss",
     "ImportanceLoss",
     "LoadBalanceLoss",
     "RouterLoss",
+    "SequenceBalanceLoss",
     "StatisticsLoss",
     "ZLoss",
     "importance",
     "load_balance",
+    "transformers_load_balance",
     "z_loss",
 ]

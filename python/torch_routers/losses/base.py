@@ -17,6 +17,8 @@ class RouterLoss(Configurable, nn.Module):
     """
 
     name: ClassVar[str]
+    per_sequence: ClassVar[bool] = False
+    """Whether it needs statistics with a group per sequence."""
 
     def __init__(self, weight: float) -> None:
         super().__init__()
@@ -27,17 +29,21 @@ class RouterLoss(Configurable, nn.Module):
 
     def statistics(self, routing: Routing) -> ops.Statistics:
         """Those of the routing; an error where its router has none."""
-        if routing.statistics is None or routing.statistics.lse is None:
-            raise ValueError(
-                f"{type(self).__name__}: expected a routing with statistics, got none. "
-                "Routers compute them in training, when they have losses"
-            )
-        return routing.statistics
+        return statistics_of(routing, type(self).__name__)
 
     def extra_repr(self) -> str:
         return ", ".join(
             f"{name}={value!r}" for name, value in self.config().items() if name != "class"
         )
+
+
+def statistics_of(routing: Routing, caller: str) -> ops.Statistics:
+    if routing.statistics is None or routing.statistics.lse is None:
+        raise ValueError(
+            f"{caller}: expected a routing with statistics, got none. "
+            "Routers compute them in training, when they have losses"
+        )
+    return routing.statistics
 
 
 class StatisticsLoss(RouterLoss):
@@ -54,6 +60,11 @@ class StatisticsLoss(RouterLoss):
         """Further arguments of `ops.router_losses`."""
         return {}
 
+    @property
+    def is_term(self) -> bool:
+        """Whether the common call computes it: not where a subclass computes something else."""
+        return type(self).forward is StatisticsLoss.forward
+
     def forward(self, routing: Routing) -> Tensor:
         arguments = {self.term: 1.0} | self.options()
         return ops.router_losses(self.statistics(routing), **arguments).total
@@ -66,16 +77,15 @@ def evaluate(losses: Iterable[RouterLoss], routing: Routing) -> tuple[Tensor, di
     values: dict[str, Tensor] = {}
     totals: list[Tensor] = []
     for loss in losses:
-        has_own_forward = type(loss).forward is not StatisticsLoss.forward
-        if has_own_forward or loss.term in arguments:
-            value = loss(routing)
-            values[loss.name] = value.detach()
-            totals.append(loss.weight * value)
-        else:
+        if isinstance(loss, StatisticsLoss) and loss.is_term and loss.term not in arguments:
             statistics = loss.statistics(routing)
             arguments[loss.term] = loss.weight
             arguments.update(loss.options())
             terms[loss.name] = loss.term
+        else:
+            value = loss(routing)
+            values[loss.name] = value.detach()
+            totals.append(loss.weight * value)
     if terms:
         common = ops.router_losses(statistics, **arguments)
         totals.append(common.total)

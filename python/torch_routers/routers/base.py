@@ -164,8 +164,8 @@ class Router(Configurable, nn.Module):
 
     @property
     def wants_groups(self) -> bool:
-        """Whether they will read them for each sequence alone."""
-        return self.training and any(getattr(loss, "per_sequence", False) for loss in self.losses)
+        """Whether losses will read the statistics of each sequence: one group per sample."""
+        return self.training and any(loss.per_sequence for loss in self.losses)
 
     @staticmethod
     def full_precision(x: Tensor) -> Tensor:
