@@ -4,7 +4,7 @@
 from torch_routers import _library  # noqa: F401  (first: everything needs its operators)
 
 # isort: on
-from torch_routers import losses, ops
+from torch_routers import losses, metrics, ops
 from torch_routers.delivery import attach, collect, follow_inputs
 from torch_routers.layers import MLPExperts, MoE, SwiGLUExperts
 from torch_routers.registry import create_router, from_config, list_routers
@@ -31,5 +31,6 @@ __all__ = [
     "from_config",
     "list_routers",
     "losses",
+    "metrics",
     "ops",
 ]
