@@ -14,6 +14,7 @@ from torch_routers.metrics.counts import (
     max_vio,
     mutual_information,
 )
+from torch_routers.metrics.meter import RoutingMeter, by_layer, read, summary
 from torch_routers.metrics.tokens import (
     Totals,
     active_mean,
@@ -29,9 +30,11 @@ from torch_routers.metrics.tokens import (
 __all__ = [
     "ACTIVE_SHARE",
     "Agreement",
+    "RoutingMeter",
     "Totals",
     "active_experts",
     "active_mean",
+    "by_layer",
     "dead",
     "drop_rate",
     "entropy",
@@ -41,9 +44,11 @@ __all__ = [
     "max_share",
     "max_vio",
     "mutual_information",
+    "read",
     "router_drift",
     "routing_agreement",
     "selection_share",
+    "summary",
     "top1_fraction",
     "totals",
     "z_mean",

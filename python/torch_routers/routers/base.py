@@ -58,6 +58,7 @@ class Router(Configurable, nn.Module):
         # Plain attributes, set here, and a list of lists: what torch.compile can guard and append
         # to, and what DDP does not broadcast.
         self._sinks: list[list[Routing]] = []
+        self._observers: list[list[Routing]] = []
         self._aux_scale: Tensor | None = None
         self._inputs: Inputs | None = None
 
@@ -89,8 +90,8 @@ class Router(Configurable, nn.Module):
         routing = self._route_in_full_precision(x, valid_mask, context)
         if self.training and self.losses:
             routing = self._deliver(routing)
-        if self._sinks and not in_backward():
-            for sink in self._sinks:
+        if (self._sinks or self._observers) and not in_backward():
+            for sink in [*self._sinks, *self._observers]:
                 sink.append(routing)
         return routing
 
