@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from torch_routers.ablation import corpora, metrics, run, statistics
+from torch_routers.ablation import corpora, run, statistics
 from torch_routers.ablation.cli import main
 from torch_routers.ablation.corpora import Corpus, Document, base, chosen_domains, read_corpora
 from torch_routers.ablation.errors import AblationError
@@ -28,7 +28,7 @@ from torch_routers.ablation.tokens import (
     train_tokenizer,
     training_order,
 )
-from torch_routers.ablation.train import evaluate, rate, train_cell
+from torch_routers.ablation.train import bits_per_byte, evaluate, rate, train_cell
 
 MY_ROUTER = Path(__file__).parents[1] / "examples" / "my_router.py"
 TINY = Settings(
@@ -390,32 +390,7 @@ def test_uniform_model_costs_log2_of_the_vocabulary_per_token():
 
 
 def test_bits_per_byte():
-    assert metrics.bits_per_byte(math.log(256) * 10, 10) == pytest.approx(8)
-
-
-def test_load_cv():
-    assert metrics.load_cv(torch.tensor([[5, 5, 5, 5]])) == 0
-    assert metrics.load_cv(torch.tensor([[8, 0, 0, 0]])) == pytest.approx(math.sqrt(3))
-    assert metrics.load_cv(torch.tensor([[1, 3], [2, 2]])) == pytest.approx((0.5 + 0) / 2)
-
-
-def test_active_experts():
-    load = torch.tensor([[100, 100, 10, 0], [50, 50, 50, 50]])
-    assert metrics.active_experts(load) == (3 + 4) / 2  # 10 is more than a tenth of 52.5
-
-
-def test_mutual_information():
-    independent = torch.tensor([[[10, 30], [20, 60]]])
-    told = torch.tensor([[[7, 0], [0, 7]]])
-    assert metrics.mutual_information(independent) == pytest.approx(0)
-    assert metrics.mutual_information(told) == pytest.approx(1)
-    # p = 3/8 and 1/8 against 1/4: 2 (3/8 log2 3/2 + 1/8 log2 1/2)
-    partly = torch.tensor([[[3, 1], [1, 3]]])
-    expected = 2 * (3 / 8 * math.log2(3 / 2) - 1 / 8)
-    assert metrics.mutual_information(partly) == pytest.approx(expected)
-    assert metrics.mutual_information(torch.cat([told, partly])) == pytest.approx(
-        (1 + expected) / 2
-    )
+    assert bits_per_byte(math.log(256) * 10, 10) == pytest.approx(8)
 
 
 def test_load_is_counted_by_domain(tiny_text: TokenText):

@@ -195,8 +195,10 @@ def test_counters_are_no_part_of_the_state_and_copies_have_their_own():
 
 
 def test_errors():
-    with pytest.raises(ValueError, match=r"got Linear\. Build them with selection_bias=True"):
+    with pytest.raises(ValueError, match="BalanceController: expected a model with routers, got"):
         tr.BalanceController(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match=r"got TopKRouter\. Build them with selection_bias=True"):
+        tr.BalanceController(tr.TopKRouter(8, E, 2))
     m = model()
     controller = tr.BalanceController(m)
     with pytest.raises(ValueError, match=r"got one that has one\. Call remove"):

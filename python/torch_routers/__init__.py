@@ -4,7 +4,7 @@
 from torch_routers import _library  # noqa: F401  (first: everything needs its operators)
 
 # isort: on
-from torch_routers import losses, ops
+from torch_routers import losses, metrics, ops
 from torch_routers.balancing import BalanceController, parameter_groups
 from torch_routers.delivery import attach, collect, follow_inputs
 from torch_routers.layers import (
@@ -48,6 +48,7 @@ __all__ = [
     "list_presets",
     "list_routers",
     "losses",
+    "metrics",
     "ops",
     "parameter_groups",
 ]

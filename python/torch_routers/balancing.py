@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from torch_routers.delivery import routers_of
 from torch_routers.routers import Router
 
 
@@ -61,8 +62,8 @@ class BalanceController:
             )
         self._routers = {
             name: module
-            for name, module in sorted(model.named_modules())
-            if isinstance(module, Router) and module.expert_bias is not None
+            for name, module in sorted(routers_of(model, "BalanceController").items())
+            if module.expert_bias is not None
         }
         if not self._routers:
             raise ValueError(

@@ -14,8 +14,9 @@ Nothing here is global: a sink, a scale or a source of context belongs to the ro
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import itertools
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -28,10 +29,19 @@ if TYPE_CHECKING:
     from torch_routers.routers import Router
 
 
-def routers_of(model: nn.Module, caller: str) -> list[Router]:
+#: Modules that torch puts around another one: no part of a name that is to stay.
+_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")
+
+
+def routers_of(model: nn.Module, caller: str) -> dict[str, Router]:
+    """The routers by the names that they have in the model, compiled or not."""
     from torch_routers.routers import Router
 
-    routers = [module for module in model.modules() if isinstance(module, Router)]
+    routers = {
+        ".".join(part for part in name.split(".") if part not in _WRAPPERS): module
+        for name, module in model.named_modules()
+        if isinstance(module, Router)
+    }
     if not routers:
         raise ValueError(f"{caller}: expected a model with routers, got {type(model).__name__}")
     return routers
@@ -58,19 +68,29 @@ def require_destination(caller: str, router: Router, routing: Routing) -> None:
 
 
 class Routings:
-    """What the routers of a model decided, in the order in which they ran."""
+    """What the routers of a model decided: router by router, in the order of the model's modules.
 
-    def __init__(self) -> None:
-        self._items: list[Routing] = []
+    The calls of one router stand together, in the order in which they were made.
+    """
+
+    def __init__(self, names: Iterable[str]) -> None:
+        # A list for each router: torch.compile guards on the length of what it appends to, and
+        # blocks that are compiled once for all layers must find the same length in each of them.
+        self._of: dict[str, list[Routing]] = {name: [] for name in names}
+
+    @property
+    def names(self) -> list[str]:
+        """The name of the router in the model, for each routing."""
+        return [name for name, items in self._of.items() for _ in items]
 
     def __len__(self) -> int:
-        return len(self._items)
+        return sum(map(len, self._of.values()))
 
     def __iter__(self) -> Iterator[Routing]:
-        return iter(self._items)
+        return itertools.chain.from_iterable(self._of.values())
 
     def __getitem__(self, index: int) -> Routing:
-        return self._items[index]
+        return list(self)[index]
 
     def aux_loss(self) -> Tensor:
         """The sum of the auxiliary losses, to add to the task loss.
@@ -94,8 +114,7 @@ class Routings:
         return torch.stack(losses).sum()
 
 
-@contextmanager
-def collect(model: nn.Module) -> Iterator[Routings]:
+def collect(model: nn.Module) -> AbstractContextManager[Routings]:
     """Gather every `Routing` that the routers of ``model`` produce inside the block.
 
     Works in training and in eval, eager and compiled, nested, and for several models side by side.
@@ -103,14 +122,29 @@ def collect(model: nn.Module) -> Iterator[Routings]:
     Raises:
         ValueError: the model has no router.
     """
-    routings, routers = Routings(), routers_of(model, "collect")
-    for router in routers:
-        router._sinks = [*router._sinks, routings._items]
+    return _gather(routers_of(model, "collect"), "_sinks")
+
+
+def observe(model: nn.Module) -> AbstractContextManager[Routings]:
+    """`collect` to look on: the losses still need a destination.
+
+    Raises:
+        ValueError: the model has no router.
+    """
+    return _gather(routers_of(model, "observe"), "_observers")
+
+
+@contextmanager
+def _gather(routers: dict[str, Router], sinks: str) -> Iterator[Routings]:
+    routings = Routings(routers)
+    for name, router in routers.items():
+        setattr(router, sinks, [*getattr(router, sinks), routings._of[name]])
     try:
         yield routings
     finally:
-        for router in routers:
-            router._sinks = [sink for sink in router._sinks if sink is not routings._items]
+        for name, router in routers.items():
+            left = [sink for sink in getattr(router, sinks) if sink is not routings._of[name]]
+            setattr(router, sinks, left)
 
 
 # ---- attached ------------------------------------------------------------------------------------
@@ -126,7 +160,7 @@ class Attached:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._routers = routers_of(model, "attach")
+        self._routers = list(routers_of(model, "attach").values())
         if any(router._aux_scale is not None for router in self._routers):
             raise ValueError(
                 "attach: expected a model without attached losses, got one that has them. "
@@ -287,7 +321,7 @@ def follow_inputs(model: nn.Module) -> RemovableHandle:
         )
     inputs = Inputs()
     routers = routers_of(model, "follow_inputs")
-    for router in routers:
+    for router in routers.values():
         router._inputs = inputs
 
     def hook(module, args, kwargs):

@@ -3,12 +3,12 @@
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
-from torch_routers.ablation.metrics import ACTIVE_SHARE
 from torch_routers.ablation.presets import Settings
 from torch_routers.ablation.run import RowResult, versions
 from torch_routers.ablation.split import SplitText
 from torch_routers.ablation.statistics import difference, spread
 from torch_routers.ablation.tokens import TokenText
+from torch_routers.metrics import ACTIVE_SHARE
 
 NOTHING = "–"
 

@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import torch_routers as tr
-from torch_routers.ablation import metrics
 from torch_routers.ablation.errors import AblationError
 from torch_routers.ablation.model import LanguageModel
 from torch_routers.ablation.presets import Settings
 from torch_routers.ablation.rows import Row
 from torch_routers.ablation.tokens import Sequences, TokenText, training_order
+from torch_routers.metrics import active_experts, load_cv, mutual_information
 
 WARM_UP = 0.05
 """The part of the steps in which the learning rate rises."""
@@ -97,7 +97,7 @@ def _train(
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        bits = metrics.bits_per_byte(nats.sum().item(), text.token_bytes[targets].sum().item())
+        bits = bits_per_byte(nats.sum().item(), text.token_bytes[targets].sum().item())
         if not math.isfinite(bits):
             raise AblationError(
                 f"ablation: expected a finite training loss, got {bits} at step {len(curve)}. "
@@ -114,6 +114,11 @@ def rate(step: int, steps: int) -> float:
     if step < warm_up:
         return (step + 1) / warm_up
     return (1 + math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up))) / 2
+
+
+def bits_per_byte(nats: float, bytes_: int) -> float:
+    """The code length of the text per byte: ``nats / ln 2 / bytes``."""
+    return nats / math.log(2) / bytes_
 
 
 @torch.no_grad()
@@ -141,10 +146,8 @@ def evaluate(model: nn.Module, sequences: Sequences, text: TokenText, batch: int
                 if load is None:
                     load = counts.new_zeros(counts.shape[0], domains, counts.shape[1])
                 load[:, domain] += counts
-    by_domain = [
-        metrics.bits_per_byte(*pair) for pair in zip(nats.tolist(), bytes_.tolist(), strict=True)
-    ]
-    overall = metrics.bits_per_byte(nats.sum().item(), int(bytes_.sum()))
+    by_domain = [bits_per_byte(*pair) for pair in zip(nats.tolist(), bytes_.tolist(), strict=True)]
+    overall = bits_per_byte(nats.sum().item(), int(bytes_.sum()))
     total = None if load is None else load.sum(1)
     tokens_seen = sequences.tokens[:, 1:].numel()
     return {
@@ -152,9 +155,9 @@ def evaluate(model: nn.Module, sequences: Sequences, text: TokenText, batch: int
         "bits_per_byte_by_domain": dict(zip(text.domains, by_domain, strict=True)),
         "bytes": int(bytes_.sum()),
         "load": None if load is None else load.tolist(),
-        "load_cv": None if total is None else metrics.load_cv(total),
-        "mutual_information": None if load is None else metrics.mutual_information(load),
-        "active_experts": None if total is None else metrics.active_experts(total),
+        "load_cv": None if total is None else load_cv(total).mean().item(),
+        "mutual_information": None if load is None else mutual_information(load).mean().item(),
+        "active_experts": None if total is None else active_experts(total).double().mean().item(),
         "slots_per_token": (
             None if total is None else total.sum().item() / tokens_seen / len(total)
         ),

@@ -82,6 +82,7 @@ class Router(Configurable, nn.Module):
         # Plain attributes, set here, and a list of lists: what torch.compile can guard and append
         # to, and what DDP does not broadcast.
         self._sinks: list[list[Routing]] = []
+        self._observers: list[list[Routing]] = []
         self._aux_scale: Tensor | None = None
         self._inputs: Inputs | None = None
         self._load: Tensor | None = None  # where a BalanceController counts
@@ -118,8 +119,8 @@ class Router(Configurable, nn.Module):
         if self.training and self._load is not None:
             weights = Count.apply(routing.weights, routing.counts, self._load)
             routing = routing._replace(weights=weights)
-        if self._sinks and not in_backward():
-            for sink in self._sinks:
+        if (self._sinks or self._observers) and not in_backward():
+            for sink in [*self._sinks, *self._observers]:
                 sink.append(routing)
         return routing
 

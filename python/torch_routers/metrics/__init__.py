@@ -1,0 +1,55 @@
+"""Metrics of routings. Tensors in, tensors out: nothing waits for the device until you read one.
+
+Only sums and histograms over tokens are ever kept, never what a single token chose.
+"""
+
+from torch_routers.metrics.agreement import Agreement, router_drift, routing_agreement
+from torch_routers.metrics.counts import (
+    ACTIVE_SHARE,
+    active_experts,
+    dead,
+    load,
+    load_cv,
+    max_share,
+    max_vio,
+    mutual_information,
+)
+from torch_routers.metrics.meter import RoutingMeter, by_layer, read, summary
+from torch_routers.metrics.tokens import (
+    Totals,
+    active_mean,
+    drop_rate,
+    entropy,
+    ess,
+    selection_share,
+    top1_fraction,
+    totals,
+    z_mean,
+)
+
+__all__ = [
+    "ACTIVE_SHARE",
+    "Agreement",
+    "RoutingMeter",
+    "Totals",
+    "active_experts",
+    "active_mean",
+    "by_layer",
+    "dead",
+    "drop_rate",
+    "entropy",
+    "ess",
+    "load",
+    "load_cv",
+    "max_share",
+    "max_vio",
+    "mutual_information",
+    "read",
+    "router_drift",
+    "routing_agreement",
+    "selection_share",
+    "summary",
+    "top1_fraction",
+    "totals",
+    "z_mean",
+]
