@@ -1,5 +1,5 @@
 """What is true of limit_capacity and expert_capacity alone: optimality, who competes with whom,
-randomness; and, its results being integers, the transforms that test_ops.py applies to floats."""
+randomness, derivatives."""
 
 import itertools
 import math
@@ -8,11 +8,10 @@ import pytest
 import torch
 
 from cases.op_case import seeded
-from cases.ops.limit_capacity import call, drawn, plan_of, samples, scores_of
+from cases.ops.limit_capacity import drawn, plan_of, scores_of
 from torch_routers import ops
 
 POLICIES = "position", "weight", "priority", "random"
-SAMPLES = {sample.name: sample for sample in samples()}
 EXPERTS, GROUPS = 4, torch.tensor([0, 13, 13, 40])
 
 
@@ -221,18 +220,6 @@ def test_vmap_limits_each_sample():
     assert same(shared, map(torch.stack, zip(*(one(plans[0], x) for x in weights))))
 
 
-COMPILED = "position-groups", "weight-plain", "priority-ties", "random-plain", "random-seed-tensor"
-
-
-@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-@pytest.mark.parametrize("name", COMPILED)
-def test_compiles(name, dynamic):
-    sample = SAMPLES[name]
-    compiled = torch.compile(call, fullgraph=True, backend="aot_eager", dynamic=dynamic)
-    actual = compiled(*sample.args, **sample.options)
-    assert same(actual.values(), call(*sample.args, **sample.options).values())
-
-
 def test_compiles_once_for_all_seeds_and_capacities():
     indices = drawn(40, 3, EXPERTS)
     compiled = torch.compile(limit, fullgraph=True, backend="aot_eager")
@@ -241,19 +228,6 @@ def test_compiles_once_for_all_seeds_and_capacities():
         with torch.compiler.set_stance("default" if seed == 1 else "fail_on_recompile"):
             actual = compiled(indices, "random", **options)
         assert same(actual, limit(indices, "random", **options))
-
-
-@pytest.mark.parametrize("name", COMPILED)
-def test_exports(name):
-    sample = SAMPLES[name]
-
-    class Module(torch.nn.Module):
-        def forward(self, *args):
-            return call(*args, **sample.options)
-
-    program = torch.export.export(Module(), sample.args)
-    actual = program.module()(*sample.args)
-    assert same(actual.values(), call(*sample.args, **sample.options).values())
 
 
 # ---- expert_capacity -----------------------------------------------------------------------------

@@ -1,16 +1,15 @@
 // Which engine multiplies and, on the CPU, which thread computes which outputs of which group.
 #pragma once
 
-#include <string>
-
 #include "grouped_linear/grouped_linear_kernel.h"
 #include "grouped_linear/grouped_linear_products.h"
+#include "op/text.h"
 
 namespace torch_routers {
 
 enum class Engine { Automatic, Mm, GroupedMm, Native };
 
-inline Engine chosen_engine(const char* op, const std::optional<std::string>& name, const Tensor& x,
+inline Engine chosen_engine(const char* op, const std::optional<Text>& name, const Tensor& x,
                             std::int64_t in, std::int64_t out) {
   const bool grouped_mm =
       x.scalar_type() != ScalarType::Double && is_aligned(x, in) && is_aligned(x, out);

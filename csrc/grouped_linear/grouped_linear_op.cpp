@@ -7,8 +7,6 @@
 // of any order. Rows behind the last group are never read.
 #include <torch/csrc/stable/library.h>
 
-#include <string>
-
 #include "grouped_linear/grouped_linear_check.h"
 #include "grouped_linear/grouped_linear_engine.h"
 
@@ -16,7 +14,7 @@ namespace torch_routers {
 namespace {
 
 using std::int64_t;
-using Name = std::optional<std::string>;
+using Name = std::optional<Text>;
 using torch::stable::transpose;
 
 // Rows as the products want them: the elements of each side by side, no two in one place.

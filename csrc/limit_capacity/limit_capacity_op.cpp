@@ -1,9 +1,9 @@
 #include <torch/csrc/stable/library.h>
 
-#include <string>
 #include <tuple>
 
 #include "limit_capacity/limit_capacity_check.h"
+#include "op/text.h"
 
 namespace torch_routers {
 namespace {
@@ -13,7 +13,7 @@ using std::int64_t;
 // order, inverse, counts, offsets and dropped of the new plan.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> limit_capacity(
     const Tensor& order, const Tensor& inverse, const Tensor& offsets, const Tensor& dropped,
-    const Tensor& capacity, const std::string& policy_name, const OptionalTensor& scores,
+    const Tensor& capacity, const Text& policy_name, const OptionalTensor& scores,
     const OptionalTensor& seed, const OptionalTensor& row_ids,
     const OptionalTensor& group_offsets) {
   constexpr auto op = "limit_capacity";

@@ -143,8 +143,9 @@ def sample(name, policy, indices, num_experts, capacity, kind="normal", **option
 def samples():
     some = drawn(40, 3, 4)
     grouped = {"group_offsets": torch.tensor([0, 7, 7, 39, 40])}
-    for policy in "position", "weight", "priority", "random":
-        yield sample("plain", policy, some, 4, 5)
+    policies = "position", "weight", "priority", "random"
+    yield from (sample("plain", policy, some, 4, 5) for policy in policies)
+    for policy in policies:
         for capacity in 0, 1, 30, 200:
             yield sample(f"capacity-{capacity}", policy, some, 4, capacity)
         yield sample("groups", policy, some, 4, torch.tensor([2, 3, 0, 1]), **grouped)

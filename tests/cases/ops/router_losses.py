@@ -123,8 +123,8 @@ def samples():
 
 
 def sized(tokens):
-    """Ten times as many: so little is done with one."""
-    groups = statistics([3 * tokens, 0, 7 * tokens], 33)
+    """Twenty times as many: so little is done with one."""
+    groups = statistics([6 * tokens, 0, 14 * tokens], 33)
     for per_group in False, True:
         yield Sample(f"per group {per_group}", groups, ALL | {"per_group": per_group})
 
