@@ -31,15 +31,15 @@ def routing_of(indices, weights, counts, logits=None, tokens=None):
     return tr.Routing(torch.tensor(weights), indices, logits, counts, statistics)
 
 
-#: Five tokens: two slots, one dropped slot, one slot of another expert, dropped altogether, masked.
+#: Six tokens: two slots, one and another one dropped, twice both dropped, masked.
 DROPPED = routing_of(
-    indices=[[0, 1], [0, -1], [-1, 2], [-1, -1], [-1, -1]],
-    weights=[[0.25, 0.75], [0.5, 0.0], [0.0, 0.5], [0.0, 0.0], [0.0, 0.0]],
-    counts=[4, 2, 2, 0],
+    indices=[[0, 1], [0, -1], [-1, 2], *[[-1, -1]] * 3],
+    weights=[[0.25, 0.75], [0.5, 0.0], [0.0, 0.5], *[[0.0, 0.0]] * 3],
+    counts=[5, 2, 2, 1],
     logits=torch.tensor(
-        [[0.0] * 4, [0.0, 0.0, *[-torch.inf] * 2], [-torch.inf] * 4, [torch.nan] * 4, [9.0] * 4]
+        [[0.0] * 4, [0.0, 0.0, *[-torch.inf] * 2], [-torch.inf] * 4, *[[torch.nan] * 4] * 3]
     ),
-    tokens=4,
+    tokens=5,
 )
 
 
@@ -77,15 +77,15 @@ def test_mutual_information():
 
 
 def test_metrics_of_tokens():
-    """Means over the three routed tokens, or the four that are not masked."""
-    assert_close(metrics.drop_rate(DROPPED), scalar(4 / 8))
-    assert_close(metrics.active_mean(DROPPED), scalar(4 / 4))
-    assert_close(metrics.selection_share(DROPPED), scalar([1, 0.5, 0.5, 0]))
+    """Means over the three routed tokens, or the five that are not masked."""
+    assert_close(metrics.drop_rate(DROPPED), scalar(6 / 10))
+    assert_close(metrics.active_mean(DROPPED), scalar(4 / 5))
+    assert_close(metrics.selection_share(DROPPED), scalar([1, 0.4, 0.4, 0.2]))
     assert_close(metrics.top1_fraction(DROPPED), scalar([1 / 3, 1 / 3, 1 / 3, 0]))
     assert_close(metrics.ess(DROPPED), scalar((1 / (0.25**2 + 0.75**2) + 1 + 1) / 3))
     assert_close(metrics.entropy(DROPPED), scalar((1 + 0.5 + 0) / 3))
     assert_close(metrics.z_mean(DROPPED), scalar((math.log(4) + math.log(2) + 0) / 3))
-    assert_close(metrics.load(DROPPED), scalar([0.5, 0.25, 0.25, 0]))
+    assert_close(metrics.load(DROPPED), scalar([0.5, 0.2, 0.2, 0.1]))
 
 
 def test_a_dense_routing_uses_the_experts_that_have_weight():
