@@ -9,16 +9,19 @@ from torch_routers.losses.balance import (
 from torch_routers.losses.base import RouterLoss, StatisticsLoss
 from torch_routers.losses.global_balance import GlobalBalanceLoss
 from torch_routers.losses.importance import ImportanceLoss, importance
+from torch_routers.losses.load import LoadLoss, expected_load
 from torch_routers.losses.z import ZLoss, z_loss
 
 __all__ = [
     "GlobalBalanceLoss",
     "ImportanceLoss",
     "LoadBalanceLoss",
+    "LoadLoss",
     "RouterLoss",
     "SequenceBalanceLoss",
     "StatisticsLoss",
     "ZLoss",
+    "expected_load",
     "importance",
     "load_balance",
     "transformers_load_balance",
