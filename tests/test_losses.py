@@ -17,7 +17,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import torch_routers as tr
-from torch_routers.losses import expected_load, load_balance, transformers_load_balance, z_loss
+from torch_routers.losses import (
+    entropy,
+    expected_load,
+    load_balance,
+    transformers_load_balance,
+    z_loss,
+)
 from torch_routers.losses import importance as importance_of
 
 LOGITS = torch.tensor(
@@ -270,6 +276,56 @@ def test_load_says_what_it_needs():
         tr.losses.LoadLoss(1.0)(routing(LOGITS)._replace(load=None))
 
 
+def test_entropy_of_a_worked_example():
+    z = torch.tensor([1.2, 0.3, -0.5, 0.0], dtype=torch.float64, requires_grad=True)
+    of_row, of_four = entropy(z), entropy(z.expand(2, 2, 4))
+    assert_close(of_row.item(), 1.1858411, rtol=0, atol=5e-8)
+    assert_close(of_four, of_row)
+    expected = torch.tensor([-0.2904220, 0.0754820, 0.1112243, 0.1037157], dtype=torch.float64)
+    assert_close(torch.autograd.grad(of_row, z)[0], expected, rtol=0, atol=5e-8)
+
+
+def test_entropy_of_certainty_is_zero_and_that_of_indifference_the_logarithm():
+    for certain in torch.inf, 1e4:
+        logits = torch.tensor([[0.0, -certain, -certain]], requires_grad=True)
+        assert entropy(logits) == 0
+        assert (torch.autograd.grad(entropy(logits), logits)[0] == 0).all()
+    assert_close(entropy(torch.full((5, 7), 3.0)), torch.tensor(7.0).log())
+
+
+def test_entropy_leaves_out_hidden_experts():
+    """In value and gradient; a token that sees none adds nothing, yet is one."""
+    hidden = torch.full((4, 2), -torch.inf, dtype=torch.float64)
+    logits = torch.cat([LOGITS, hidden], 1).detach().requires_grad_()
+    assert_close(entropy(logits), entropy(LOGITS))
+    (gradient,) = torch.autograd.grad(entropy(logits), logits)
+    assert_close(gradient[:, :3], torch.autograd.grad(entropy(LOGITS), LOGITS)[0])
+    assert (gradient[:, 3:] == 0).all()
+    blind = torch.cat([logits, torch.full((1, 5), -torch.inf)])
+    assert_close(entropy(blind), entropy(LOGITS) * 4 / 5)
+    assert torch.autograd.grad(entropy(blind), logits)[0].isfinite().all()
+
+
+def test_entropy_notices_nan():
+    assert entropy(torch.tensor([[0.0, torch.nan], [0.0, 1.0]])).isnan()
+
+
+def test_minimal_entropy_specialises_and_a_negative_weight_does_the_opposite():
+    after = {}
+    for weight in 1.0, -1.0:
+        z = torch.tensor([[1.0, 0.0, -1.0]], requires_grad=True)
+        (weight * tr.losses.EntropyLoss(weight)(routing(z))).backward()
+        after[weight] = (z - z.grad).softmax(1).max()
+    assert after[-1.0] < torch.tensor([1.0, 0.0, -1.0]).softmax(0).max() < after[1.0]
+
+
+def test_entropy_needs_logits():
+    with pytest.raises(
+        ValueError, match=r"^EntropyLoss: expected a routing with logits, got none$"
+    ):
+        tr.losses.EntropyLoss(1.0)(routing(LOGITS)._replace(logits=None))
+
+
 def test_balance_is_one_when_experts_share_alike_and_num_experts_when_one_has_all():
     assert_close(balance(10 * torch.eye(4), top_k=1), torch.tensor(1.0))
     assert_close(balance(torch.tensor([[99.0, 0, 0, 0]] * 5), top_k=1), torch.tensor(4.0))
@@ -306,6 +362,7 @@ EACH = [
     tr.losses.ZLoss(0.5),
     tr.losses.ImportanceLoss(0.5),
     tr.losses.ImportanceLoss(0.5, unbiased=True),
+    tr.losses.EntropyLoss(0.5),
     tr.losses.LoadLoss(0.5),
     tr.losses.LoadLoss(0.5, unbiased=True),
 ]
@@ -665,6 +722,7 @@ def test_the_names_under_which_losses_are_logged():
         "GlobalBalanceLoss": "global_balance",
         "ZLoss": "z",
         "ImportanceLoss": "importance",
+        "EntropyLoss": "entropy",
         "LoadLoss": "load",
     }
 
