@@ -17,12 +17,21 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import torch_routers as tr
+from torch_routers.losses import (
+    entropy,
+    expected_load,
+    load_balance,
+    transformers_load_balance,
+    z_loss,
+)
 from torch_routers.losses import importance as importance_of
-from torch_routers.losses import load_balance, transformers_load_balance, z_loss
 
 LOGITS = torch.tensor(
     [[2, 1, 0], [0, 2, 1], [3, 0, 1], [1, 0.5, 0]], dtype=torch.float64, requires_grad=True
 )
+
+
+MASK = torch.tensor([True, True, False, True, False, False, True, True, False, False])
 
 
 def statistics(logits, top_k=2, **options):
@@ -31,7 +40,24 @@ def statistics(logits, top_k=2, **options):
 
 def routing(logits, top_k=2, **options):
     weights, indices, s = tr.ops.topk_gate(logits, top_k, statistics=True, **options)
-    return tr.Routing(weights, indices, logits, s.group_counts.sum(0), s)
+    return with_load(
+        tr.Routing(weights, indices, logits, s.group_counts.sum(0), s), options.get("valid_mask")
+    )
+
+
+def with_load(routing, valid_mask=None):
+    """As a router would whose noise depends on the logits alone."""
+    logits, top_k = routing.logits, routing.indices.shape[-1]
+    if valid_mask is not None:  # as Router does with its input
+        logits = torch.where(valid_mask.unsqueeze(-1), logits, 0)
+    noisy = logits + (9 * logits).sin()
+    load = expected_load(logits, noisy, logits.sigmoid(), top_k, valid_mask=valid_mask)
+    return routing._replace(load=load)
+
+
+class NoisyTopK(tr.TopKRouter):
+    def route(self, x, *, valid_mask, **context):
+        return with_load(super().route(x, valid_mask=valid_mask, **context), valid_mask)
 
 
 def balance(logits, **options):
@@ -158,6 +184,148 @@ def test_importance_of_a_worked_example(unbiased, expected):
     assert_close(importance(LOGITS, unbiased).item(), expected, rtol=0, atol=5e-8)
 
 
+CLEAN, NOISY = torch.tensor([[1, 0.2, -0.3, 0.5], [1.1, 0.6, -0.5, 0.4]], dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    "threshold, sigma, expected",
+    [
+        ("kth_excluding", 0.5, [0.8849303, 0.3445783, 0.0359303, 0.4207403]),
+        ("kth", 0.25, [0.9452007, 0.0547993, 0.0001591, 0.3445783]),
+    ],
+)
+def test_load_of_a_worked_example(threshold, sigma, expected):
+    """To be among the best two, experts 0 and 1 must exceed .4 and the others .6; or all .6."""
+    sigma = torch.tensor(sigma, dtype=torch.float64)
+    load = expected_load(CLEAN, NOISY, sigma, 2, threshold=threshold)
+    assert_close(load, torch.tensor(expected, dtype=torch.float64), rtol=0, atol=5e-8)
+    twice = expected_load(
+        CLEAN.expand(3, 2, 4), NOISY.expand(3, 2, 4), sigma, 2, threshold=threshold
+    )
+    assert_close(twice, 6 * load)
+
+
+@pytest.mark.parametrize("threshold", ["kth_excluding", "kth"])
+def test_load_has_a_gradient_to_logits_threshold_and_noise(threshold):
+    clean, noise, sigma = torch.randn(3, 5, 4, dtype=torch.float64)
+    sigma = sigma.exp()
+    inputs = [x.requires_grad_() for x in (clean, clean + noise * sigma, sigma)]
+    load = partial(expected_load, top_k=2, threshold=threshold)
+    assert torch.autograd.gradcheck(load, inputs)
+    assert torch.autograd.gradgradcheck(load, inputs)
+
+
+def test_load_is_how_often_an_expert_is_chosen_when_its_own_noise_is_drawn_anew():
+    generator = torch.Generator().manual_seed(0)
+    draws = torch.randn(100_000, generator=generator, dtype=torch.float64)
+    load = expected_load(CLEAN, NOISY, torch.tensor(0.5), 2)
+    for e in range(4):
+        others = NOISY.expand(len(draws), 4).clone()
+        others[:, e] = CLEAN[e] + 0.5 * draws
+        chosen = (others.topk(2).indices == e).any(1).double().mean()
+        assert_close(load[e], chosen, rtol=0, atol=0.006)
+
+
+@pytest.mark.parametrize("threshold", ["kth_excluding", "kth"])
+def test_load_of_all_experts_is_the_number_of_tokens(threshold):
+    logits = torch.randn(5, 3, requires_grad=True)
+    mask = torch.tensor([True, True, False, True, True])
+    load = expected_load(logits, logits, torch.ones(()), 3, valid_mask=mask, threshold=threshold)
+    assert load.tolist() == [4, 4, 4]
+    assert (torch.autograd.grad(load.sum(), logits)[0] == 0).all()
+
+
+@pytest.mark.parametrize("threshold", ["kth_excluding", "kth"])
+def test_load_of_masked_tokens_is_none_whatever_they_are(threshold):
+    clean, noisy, sigma = torch.rand(3, 10, 4)
+    load = partial(expected_load, top_k=2, threshold=threshold)
+    expected = load(clean[MASK], noisy[MASK], sigma[MASK])
+    for content in 0.0, torch.nan, torch.inf:
+        inputs = [
+            x.where(MASK.unsqueeze(1), content).requires_grad_() for x in (clean, noisy, sigma)
+        ]
+        masked = load(*inputs, valid_mask=MASK)
+        assert_close(masked, expected)
+        assert all((g[~MASK] == 0).all() for g in torch.autograd.grad(masked.sum(), inputs))
+
+
+@pytest.mark.parametrize("unbiased", [False, True])
+def test_loss_of_load_is_its_squared_coefficient_of_variation(unbiased):
+    load = torch.tensor([3.0, 1.0, 2.0])
+    r = routing(LOGITS)._replace(load=load)
+    expected = load.var(correction=int(unbiased)) / load.mean() ** 2
+    assert_close(tr.losses.LoadLoss(1.0, unbiased)(r), expected)
+
+
+def test_load_says_what_it_needs():
+    x = torch.zeros(2, 4)
+    with pytest.raises(
+        ValueError, match=r"^expected_load: expected top_k in \[1, num_experts=4\], got 5$"
+    ):
+        expected_load(x, x, x, 5)
+    said = r"^expected_load: expected threshold in \['kth_excluding', 'kth'\], got 'k'$"
+    with pytest.raises(ValueError, match=said):
+        expected_load(x, x, x, 2, threshold="k")
+    said = r"^expected_load: expected noisy of shape \[2, 4\], that of clean, got \[4\]$"
+    with pytest.raises(ValueError, match=said):
+        expected_load(x, x[0], x, 2)
+    said = (
+        "^LoadLoss: expected a routing with load, got none. Routers with noise compute it in train"
+    )
+    with pytest.raises(ValueError, match=said):
+        tr.losses.LoadLoss(1.0)(routing(LOGITS)._replace(load=None))
+
+
+def test_entropy_of_a_worked_example():
+    z = torch.tensor([1.2, 0.3, -0.5, 0.0], dtype=torch.float64, requires_grad=True)
+    of_row, of_four = entropy(z), entropy(z.expand(2, 2, 4))
+    assert_close(of_row.item(), 1.1858411, rtol=0, atol=5e-8)
+    assert_close(of_four, of_row)
+    expected = torch.tensor([-0.2904220, 0.0754820, 0.1112243, 0.1037157], dtype=torch.float64)
+    assert_close(torch.autograd.grad(of_row, z)[0], expected, rtol=0, atol=5e-8)
+
+
+def test_entropy_of_certainty_is_zero_and_that_of_indifference_the_logarithm():
+    for certain in torch.inf, 1e4:
+        logits = torch.tensor([[0.0, -certain, -certain]], requires_grad=True)
+        assert entropy(logits) == 0
+        assert (torch.autograd.grad(entropy(logits), logits)[0] == 0).all()
+    assert_close(entropy(torch.full((5, 7), 3.0)), torch.tensor(7.0).log())
+
+
+def test_entropy_leaves_out_hidden_experts():
+    """In value and gradient; a token that sees none adds nothing, yet is one."""
+    hidden = torch.full((4, 2), -torch.inf, dtype=torch.float64)
+    logits = torch.cat([LOGITS, hidden], 1).detach().requires_grad_()
+    assert_close(entropy(logits), entropy(LOGITS))
+    (gradient,) = torch.autograd.grad(entropy(logits), logits)
+    assert_close(gradient[:, :3], torch.autograd.grad(entropy(LOGITS), LOGITS)[0])
+    assert (gradient[:, 3:] == 0).all()
+    blind = torch.cat([logits, torch.full((1, 5), -torch.inf)])
+    assert_close(entropy(blind), entropy(LOGITS) * 4 / 5)
+    assert torch.autograd.grad(entropy(blind), logits)[0].isfinite().all()
+
+
+def test_entropy_notices_nan():
+    assert entropy(torch.tensor([[0.0, torch.nan], [0.0, 1.0]])).isnan()
+
+
+def test_minimal_entropy_specialises_and_a_negative_weight_does_the_opposite():
+    after = {}
+    for weight in 1.0, -1.0:
+        z = torch.tensor([[1.0, 0.0, -1.0]], requires_grad=True)
+        (weight * tr.losses.EntropyLoss(weight)(routing(z))).backward()
+        after[weight] = (z - z.grad).softmax(1).max()
+    assert after[-1.0] < torch.tensor([1.0, 0.0, -1.0]).softmax(0).max() < after[1.0]
+
+
+def test_entropy_needs_logits():
+    with pytest.raises(
+        ValueError, match=r"^EntropyLoss: expected a routing with logits, got none$"
+    ):
+        tr.losses.EntropyLoss(1.0)(routing(LOGITS)._replace(logits=None))
+
+
 def test_balance_is_one_when_experts_share_alike_and_num_experts_when_one_has_all():
     assert_close(balance(10 * torch.eye(4), top_k=1), torch.tensor(1.0))
     assert_close(balance(torch.tensor([[99.0, 0, 0, 0]] * 5), top_k=1), torch.tensor(4.0))
@@ -194,8 +362,10 @@ EACH = [
     tr.losses.ZLoss(0.5),
     tr.losses.ImportanceLoss(0.5),
     tr.losses.ImportanceLoss(0.5, unbiased=True),
+    tr.losses.EntropyLoss(0.5),
+    tr.losses.LoadLoss(0.5),
+    tr.losses.LoadLoss(0.5, unbiased=True),
 ]
-MASK = torch.tensor([True, True, False, True, False, False, True, True, False, False])
 
 
 @pytest.fixture(params=EACH, ids=repr)
@@ -263,7 +433,7 @@ def test_groups_change_no_loss_but_that_of_sequences(loss):
 
 
 def test_a_router_with_the_loss_compiles(loss):
-    routers = [tr.TopKRouter(6, 4, 2, losses=[loss])]
+    routers = [NoisyTopK(6, 4, 2, losses=[loss])]
     routers.append(copy.deepcopy(routers[0]))
     calls = routers[0], torch.compile(routers[1], fullgraph=True, backend="aot_eager")
     for options in {}, {"valid_mask": torch.arange(9) % 3 > 0}:
@@ -275,7 +445,7 @@ def test_a_router_with_the_loss_compiles(loss):
 
 
 def test_the_objective_is_proportional_to_the_weight(loss):
-    router, x = tr.TopKRouter(6, 4, 2, losses=[loss]), torch.randn(9, 6)
+    router, x = NoisyTopK(6, 4, 2, losses=[loss]), torch.randn(9, 6)
     gradients = []
     for loss.weight in 1.0, -2.0, 0.0:
         r = router(x)
@@ -552,6 +722,8 @@ def test_the_names_under_which_losses_are_logged():
         "GlobalBalanceLoss": "global_balance",
         "ZLoss": "z",
         "ImportanceLoss": "importance",
+        "EntropyLoss": "entropy",
+        "LoadLoss": "load",
     }
 
 

@@ -35,6 +35,8 @@ class Routing(NamedTuple):
     """Each loss by name, unweighted and detached: to log, not to train."""
     state: Any = None
     """What a recurrent router hands to the next layer."""
+    load: Tensor | None = None
+    """``[num_experts]`` tokens that each expert should get under the noise; differentiable."""
 
     @property
     def num_experts(self) -> int:

@@ -7,18 +7,24 @@ from torch_routers.losses.balance import (
     transformers_load_balance,
 )
 from torch_routers.losses.base import RouterLoss, StatisticsLoss
+from torch_routers.losses.entropy import EntropyLoss, entropy
 from torch_routers.losses.global_balance import GlobalBalanceLoss
 from torch_routers.losses.importance import ImportanceLoss, importance
+from torch_routers.losses.load import LoadLoss, expected_load
 from torch_routers.losses.z import ZLoss, z_loss
 
 __all__ = [
+    "EntropyLoss",
     "GlobalBalanceLoss",
     "ImportanceLoss",
     "LoadBalanceLoss",
+    "LoadLoss",
     "RouterLoss",
     "SequenceBalanceLoss",
     "StatisticsLoss",
     "ZLoss",
+    "entropy",
+    "expected_load",
     "importance",
     "load_balance",
     "transformers_load_balance",

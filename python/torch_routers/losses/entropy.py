@@ -1,0 +1,56 @@
+"""Entropy: tokens that know their expert, or keep an open mind."""
+
+import torch
+from torch import Tensor
+
+from torch_routers.losses.base import RouterLoss
+from torch_routers.routing import Routing
+
+
+def entropy(logits: Tensor, valid_mask: Tensor | None = None) -> Tensor:
+    r"""The mean entropy of the experts' probabilities of a token, in nats.
+
+    .. math::  L = \frac{1}{T} \sum_t H_t, \qquad H_t = -\sum_e p_{te} \ln p_{te}, \qquad
+               p_t = \mathrm{softmax}(z_t)
+
+    with :math:`0 \ln 0 = 0`. A token whose logits are all -inf has no probabilities: it adds 0, has
+    no gradient, and counts among the tokens. Written in plain PyTorch.
+
+    Args:
+        logits: ``[..., num_experts]``.
+        valid_mask: ``[...]`` bool, True = real token; the content of others changes nothing.
+
+    Returns:
+        A scalar, float32 (float64 for float64 logits); 0 without tokens.
+
+    >>> entropy(torch.zeros(3, 4))  # ln 4
+    tensor(1.3863)
+    """
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    if valid_mask is None:
+        valid_mask = torch.ones_like(logits[..., 0], dtype=torch.bool)
+    has_experts = valid_mask & (logits != -torch.inf).any(-1)
+    log_p = torch.where(has_experts.unsqueeze(-1), logits, 0).log_softmax(-1)
+    of_tokens = -(log_p.exp() * log_p.where(log_p != -torch.inf, 0)).sum(-1)
+    return torch.where(has_experts, of_tokens, 0).sum() / valid_mask.sum().clamp(min=1)
+
+
+class EntropyLoss(RouterLoss):
+    """`entropy` of one router, over the tokens that were given an expert.
+
+    Minimised, it makes each token certain of its experts; with a negative weight, the opposite. It
+    does not see whether all tokens choose the same ones: add a balance loss.
+
+    Args:
+        weight: the factor in the objective; 1e-4 for top-p routing in arXiv 2403.07652.
+
+    Raises:
+        ValueError: the routing has no logits.
+    """
+
+    name = "entropy"
+
+    def forward(self, routing: Routing) -> Tensor:
+        if routing.logits is None:
+            raise ValueError("EntropyLoss: expected a routing with logits, got none")
+        return entropy(routing.logits, (routing.indices >= 0).any(-1))
