@@ -44,7 +44,7 @@ def counts_of(batches):
         for x in batches:
             m(x)
     counts = torch.stack([routing.counts for routing in routings])
-    return counts.view(len(batches), 2, E).sum(0)
+    return counts.view(2, len(batches), E).sum(1)  # router by router
 
 
 def expected_bias(counts, rate=1e-3):

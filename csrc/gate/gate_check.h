@@ -44,7 +44,10 @@ inline void check_indices(const char* op, const Tensor& logits, const Tensor& in
 inline void check_index_values(const char* op, const GateShape& shape, const Tensor& indices) {
   if (!indices.is_cpu()) return;
   const auto* values = data<std::int64_t>(indices);
-  for (std::int64_t i = 0; i < shape.tokens * shape.slots; ++i)
+  const std::int64_t count = shape.tokens * shape.slots;
+  bool all_fit = true;  // at first without a branch per value: this runs in every backward
+  for (std::int64_t i = 0; i < count; ++i) all_fit &= -1 <= values[i] && values[i] < shape.experts;
+  for (std::int64_t i = 0; !all_fit && i < count; ++i)
     check(-1 <= values[i] && values[i] < shape.experts, op,
           ": expected indices in [-1, num_experts=", shape.experts, "), got ", values[i]);
 }

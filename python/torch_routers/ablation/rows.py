@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -78,22 +79,42 @@ def _hash(settings: Settings, token_counts: Tensor) -> tr.Router:
     )
 
 
-def _top_k(settings: Settings, losses: list[nn.Module]) -> tr.Router:
+def _top_k(settings: Settings, *losses: nn.Module, **options: Any) -> tr.Router:
     return tr.TopKRouter(
-        hidden_size=settings.hidden_size,
-        num_experts=settings.num_experts,
-        top_k=settings.top_k,
-        renormalize=True,
-        losses=losses,
+        **{"hidden_size": settings.hidden_size, "num_experts": settings.num_experts}
+        | {"top_k": settings.top_k, "losses": losses}
+        | options
     )
 
 
-def _softmax_balanced(settings: Settings, token_counts: Tensor) -> tr.Router:
-    return _top_k(settings, [tr.losses.LoadBalanceLoss(1e-2), tr.losses.ZLoss(1e-3)])
+def _softmax_balanced(settings: Settings, token_counts: Tensor, **options: Any) -> tr.Router:
+    losses = tr.losses.LoadBalanceLoss(1e-2), tr.losses.ZLoss(1e-3)
+    return _top_k(settings, *losses, **options)
 
 
 def _softmax_unbalanced(settings: Settings, token_counts: Tensor) -> tr.Router:
-    return _top_k(settings, [tr.losses.ZLoss(1e-3)])
+    return _top_k(settings, tr.losses.ZLoss(1e-3))
+
+
+def _top_1(settings: Settings, token_counts: Tensor) -> tr.Router:
+    return _softmax_balanced(settings, token_counts, top_k=1, renormalize=False)
+
+
+def _capacity(settings: Settings, token_counts: Tensor) -> tr.Router:
+    return _softmax_balanced(settings, token_counts, capacity_factor=1.25)
+
+
+def _sigmoid_bias(settings: Settings, token_counts: Tensor) -> tr.Router:
+    return _top_k(settings, score="sigmoid", selection_bias=True)
+
+
+def _noisy(settings: Settings, token_counts: Tensor) -> tr.Router:
+    return tr.NoisyTopKRouter(
+        hidden_size=settings.hidden_size,
+        num_experts=settings.num_experts,
+        top_k=settings.top_k,
+        losses=[tr.losses.ImportanceLoss(0.1), tr.losses.LoadLoss(0.1)],
+    )
 
 
 ROWS = {
@@ -104,6 +125,10 @@ ROWS = {
         _routed("hash", "experts fixed by the token", _hash),
         _routed("softmax", "softmax top-k, balance loss 1e-2, z-loss 1e-3", _softmax_balanced),
         _routed("softmax-unbalanced", "the same without balance loss", _softmax_unbalanced),
+        _routed("sigmoid-bias", "sigmoid top-k, balanced by a bias and no loss", _sigmoid_bias),
+        _routed("top-1", "as softmax, one expert per token: half the active width", _top_1),
+        _routed("capacity", "as softmax, at most 1.25 of a fair share per sequence", _capacity),
+        _routed("noisy", "noisy top-k, importance and load loss 0.1", _noisy),
     )
 }
 

@@ -83,6 +83,8 @@ def _train(
         model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.1
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, settings.steps))
+    biased = any(getattr(module, "expert_bias", None) is not None for module in model.modules())
+    controller = tr.BalanceController(model) if biased else None
     curve = []
     model.train()
     for rows in order:
@@ -96,6 +98,8 @@ def _train(
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
+        if controller is not None:
+            controller.step()
         schedule.step()
         bits = bits_per_byte(nats.sum().item(), text.token_bytes[targets].sum().item())
         if not math.isfinite(bits):
