@@ -17,6 +17,7 @@ import traceback
 from datetime import timedelta
 from pathlib import Path
 
+import torch._dynamo  # noqa: F401  (wrappers and optimisers would import it in each rank)
 import torch.distributed as dist
 
 
