@@ -167,7 +167,8 @@ class Attached:
                 "Call remove() on the first"
             )
         device = next(model.parameters()).device
-        self.scale = torch.full((), torch.nan, device=device)
+        # The widest dtype: losses of float64 routers need all the bits of a factor.
+        self.scale = torch.full((), torch.nan, dtype=torch.float64, device=device)
         for router in self._routers:
             router._aux_scale = self.scale
 
@@ -234,13 +235,14 @@ class Deliver(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.scale = inputs[2]
+        _, loss, ctx.scale = inputs
+        ctx.dtype = loss.dtype
 
     @staticmethod
     def backward(ctx, grad):
         compiling = torch.compiler.is_compiling()
         scale = _read_after(ctx.scale, grad) if compiling else ctx.scale.clone()
-        return grad, scale, None
+        return grad, scale.to(ctx.dtype), None
 
 
 # ---- counted -------------------------------------------------------------------------------------
