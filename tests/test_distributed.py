@@ -1,7 +1,9 @@
 """Several ranks decide, count and learn as one process does that sees all their tokens."""
 
 import os
+import runpy
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -62,21 +64,9 @@ def test_a_rank_that_hangs_is_killed(ranks, tmp_path):
 # ---- training ------------------------------------------------------------------------------------
 
 
-class GlobalLoadBalanceLoss(tr.losses.RouterLoss):
-    """The balance loss of docs/distributed.md: counts of all ranks, scores of this one."""
-
-    name = "load_balance"
-
-    def forward(self, routing):
-        statistics = routing.statistics
-        counts = routing.counts.clone()
-        dist.all_reduce(counts)
-        return tr.losses.load_balance(
-            statistics.score_sums.sum(0), counts, statistics.group_tokens.sum()
-        )
-
-
-LOSSES = {"local": tr.losses.LoadBalanceLoss, "global": GlobalLoadBalanceLoss}
+EXAMPLE = runpy.run_path(str(Path(__file__).parents[1] / "examples/data_parallel.py"))
+#: Counts of this rank alone, and counts of all ranks.
+LOSSES = {"local": tr.losses.LoadBalanceLoss, "global": EXAMPLE["GlobalLoadBalanceLoss"]}
 
 
 class Block(nn.Module):
