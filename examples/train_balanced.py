@@ -5,7 +5,6 @@ and the same without the bias.
 """
 
 import torch
-from torch import nn
 
 import torch_routers as tr
 

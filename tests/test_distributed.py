@@ -62,21 +62,8 @@ def test_a_rank_that_hangs_is_killed(ranks, tmp_path):
 # ---- training ------------------------------------------------------------------------------------
 
 
-class GlobalLoadBalanceLoss(tr.losses.RouterLoss):
-    """The balance loss of docs/distributed.md: counts of all ranks, scores of this one."""
-
-    name = "load_balance"
-
-    def forward(self, routing):
-        statistics = routing.statistics
-        counts = routing.counts.clone()
-        dist.all_reduce(counts)
-        return tr.losses.load_balance(
-            statistics.score_sums.sum(0), counts, statistics.group_tokens.sum()
-        )
-
-
-LOSSES = {"local": tr.losses.LoadBalanceLoss, "global": GlobalLoadBalanceLoss}
+#: Counts of this rank alone, and counts of all ranks.
+LOSSES = {"local": tr.losses.LoadBalanceLoss, "global": tr.losses.GlobalBalanceLoss}
 
 
 class Block(nn.Module):
@@ -130,7 +117,11 @@ def batch(step, tokens):
 
 
 def optimizer_of(model):
-    return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    for module in model.modules():
+        if isinstance(module, tr.losses.GlobalBalanceLoss):
+            optimizer.register_step_post_hook(lambda *_, loss=module: loss.reset())
+    return optimizer
 
 
 RATE = 0.05
