@@ -40,14 +40,14 @@ template <class C, class Term> void sum_lanes(int64_t experts, const Term& term,
 
 // Four by four where that is possible: those of the experts before the result.
 int64_t transpose_tile(const float* rows, int64_t experts, Lanes<float>* lanes) {
-  for (int64_t e = 0; e + 4 <= experts; e += 4)
-    for (int l = 0; l < kLanes; l += 4)
+  for (int l = 0; l < kLanes; l += 4)
+    for (int64_t e = 0; e + 4 <= experts; e += 4)
       transpose_4x4(rows + l * experts + e, experts, &lanes[e][l], kLanes);
   return experts / 4 * 4;
 }
 int64_t transpose_tile(const Lanes<float>* lanes, int64_t experts, float* rows) {
-  for (int64_t e = 0; e + 4 <= experts; e += 4)
-    for (int l = 0; l < kLanes; l += 4)
+  for (int l = 0; l < kLanes; l += 4)
+    for (int64_t e = 0; e + 4 <= experts; e += 4)
       transpose_4x4(&lanes[e][l], kLanes, rows + l * experts + e, experts);
   return experts / 4 * 4;
 }
@@ -188,8 +188,8 @@ void gate_tile(const Gate<S>& p, int64_t first, int64_t count, int64_t* counts,
       const int64_t used = !tile.is_live[l] ? 0 : p.token_top_k ? p.token_top_k[first + l] : slots;
       for (int64_t j = used; j < slots; ++j) tile.index[j][l] = -1;
     }
-    for (int64_t j = 0; j < slots; ++j)
-      for (int64_t l = 0; l < count; ++l) indices[l * slots + j] = tile.index[j][l];
+    for (int64_t l = 0; l < count; ++l)  // token by token: a cache line is written at once
+      for (int64_t j = 0; j < slots; ++j) indices[l * slots + j] = tile.index[j][l];
   }
   for (int64_t l = 0; p.select && !by_network && l < count; ++l) {
     int64_t* best = indices + l * slots;
@@ -217,8 +217,8 @@ void gate_tile(const Gate<S>& p, int64_t first, int64_t count, int64_t* counts,
       tile.slots[j][l] = tile.index[j][l] < 0 ? C{0} : p.weighing.scale * w;
     });
   C* weights = p.weights + first * slots;
-  for (int64_t j = 0; j < slots; ++j)
-    for (int64_t l = 0; l < count; ++l) {
+  for (int64_t l = 0; l < count; ++l)
+    for (int64_t j = 0; j < slots; ++j) {
       weights[l * slots + j] = tile.slots[j][l];
       if (tile.index[j][l] >= 0) ++counts[tile.index[j][l]];
     }
