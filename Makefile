@@ -70,9 +70,10 @@ clean:
 	$(BIN)/pip install -q --no-build-isolation --no-deps -e .
 	touch $@
 
-# The extra of pyproject.toml that the file is named after.
+# The extra of pyproject.toml that the file is named after; tests compare with Transformers too.
+.venv/test: EXTRAS = test,test-hf
 .venv/ablation .venv/test .venv/docs .venv/lint: .venv/torch
-	$(BIN)/pip install -q --no-build-isolation -e ".[$(@F)]"
+	$(BIN)/pip install -q --no-build-isolation -e ".[$(or $(EXTRAS),$(@F))]"
 	touch $@
 
 comma := ,
