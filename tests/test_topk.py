@@ -216,3 +216,19 @@ def test_noise_has_its_standard_deviation(noise, std):
     logits = router(torch.zeros(20000, H)).logits
     assert_close(logits.std(), torch.tensor(2 * std), rtol=0.02, atol=0)
     assert torch.corrcoef(logits.T).fill_diagonal_(0).abs().max() < 0.04
+
+
+# ---- sequence-wise losses ------------------------------------------------------------------------
+
+
+def test_losses_of_sequences_are_the_mean_over_them():
+    """Samples of a batch, or the sequences of a pack; the other losses stay those of all tokens."""
+    losses = [tr.losses.SequenceBalanceLoss(0.1), tr.losses.LoadBalanceLoss(0.1)]
+    router, x = make(losses=losses), inputs(3, 8)
+    offsets = torch.tensor([0, 8, 16, T])
+    alone = torch.stack([router(sample).losses["load_balance"] for sample in x])
+    for routing in router(x), router(x.view(T, H), group_offsets=offsets):
+        assert_close(routing.losses["sequence_balance"], alone.mean())
+        assert_close(routing.losses["load_balance"], router(x.view(T, H)).losses["load_balance"])
+        routing.aux_loss.backward()
+    assert router.weight.grad.any()
