@@ -140,6 +140,8 @@ def test_random_drops_are_those_of_a_seed_and_the_token():
     assert torch.equal(router(x[order], seed=3, row_ids=ids[order]).indices, first.indices[order])
     router.eval()
     assert torch.equal(router(x).indices, router(x).indices)
+    by_call = make(drop_policy="random")
+    assert torch.equal(by_call(x, capacity_factor=0.5, seed=3, row_ids=ids).indices, first.indices)
 
 
 # ---- experts per token ---------------------------------------------------------------------------

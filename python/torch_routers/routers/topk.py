@@ -173,7 +173,7 @@ class TopKRouter(Router):
                 causal=in_order,
                 drops_tokens=True,
             )
-        if jitter or noise is not None or (limited and drop_policy == "random"):
+        if jitter or noise is not None or drop_policy == "random":
             self.traits = self.traits._replace(random=True)
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
         self.bias = nn.Parameter(torch.empty(num_experts)) if gate_bias else None
