@@ -103,7 +103,7 @@ def create_router(name: str, **arguments: Any) -> Router:
 def list_routers(pattern: str = "*", **traits: Any) -> list[str]:
     """Names for `create_router`, by shell pattern and by fields of `RouterTraits`.
 
-    >>> list_routers("*K*", random=False)
+    >>> list_routers("TopK*", causal=True)
     ['TopKRouter']
     """
     from torch_routers.routers import Router, RouterTraits
