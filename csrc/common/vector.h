@@ -35,21 +35,36 @@ template <class T> static inline void store_vector(T* to, Vector<T> value) {
   memcpy(to, &value, sizeof value);
 }
 
+// a[0], b[0], a[1], b[1], and the same of the upper halves. (GCC and Clang have names of their own.)
+typedef float FourFloats __attribute__((vector_size(16)));
+static inline FourFloats interleave_low(FourFloats a, FourFloats b) {
+#ifdef __clang__
+  return __builtin_shufflevector(a, b, 0, 4, 1, 5);
+#else
+  typedef std::int32_t Places __attribute__((vector_size(16)));
+  return __builtin_shuffle(a, b, Places{0, 4, 1, 5});
+#endif
+}
+static inline FourFloats interleave_high(FourFloats a, FourFloats b) {
+#ifdef __clang__
+  return __builtin_shufflevector(a, b, 2, 6, 3, 7);
+#else
+  typedef std::int32_t Places __attribute__((vector_size(16)));
+  return __builtin_shuffle(a, b, Places{2, 6, 3, 7});
+#endif
+}
+
 // to[c * to_stride + r] = from[r * from_stride + c] for four rows of four.
 static inline void transpose_4x4(const float* from, std::int64_t from_stride, float* to,
                                  std::int64_t to_stride) {
-  typedef float Four __attribute__((vector_size(16)));
-  typedef std::int32_t Places __attribute__((vector_size(16)));
-  constexpr Places kLow = {0, 4, 1, 5}, kHigh = {2, 6, 3, 7};
-  Four rows[4];
+  FourFloats rows[4];
   for (int r = 0; r < 4; ++r) memcpy(&rows[r], from + r * from_stride, sizeof rows[r]);
-  const Four low02 = __builtin_shuffle(rows[0], rows[2], kLow),
-             low13 = __builtin_shuffle(rows[1], rows[3], kLow),
-             high02 = __builtin_shuffle(rows[0], rows[2], kHigh),
-             high13 = __builtin_shuffle(rows[1], rows[3], kHigh);
-  const Four columns[4] = {
-      __builtin_shuffle(low02, low13, kLow), __builtin_shuffle(low02, low13, kHigh),
-      __builtin_shuffle(high02, high13, kLow), __builtin_shuffle(high02, high13, kHigh)};
+  const FourFloats low02 = interleave_low(rows[0], rows[2]),
+                   low13 = interleave_low(rows[1], rows[3]),
+                   high02 = interleave_high(rows[0], rows[2]),
+                   high13 = interleave_high(rows[1], rows[3]);
+  const FourFloats columns[4] = {interleave_low(low02, low13), interleave_high(low02, low13),
+                                 interleave_low(high02, high13), interleave_high(high02, high13)};
   for (int c = 0; c < 4; ++c) memcpy(to + c * to_stride, &columns[c], sizeof columns[c]);
 }
 
