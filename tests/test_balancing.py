@@ -3,6 +3,7 @@
 import copy
 import itertools
 import pickle
+from functools import partial
 
 import pytest
 import torch
@@ -10,28 +11,16 @@ from torch import nn
 
 import torch_routers as tr
 from test_delivery import BATCHES, CHECKPOINTS, compiled
+from test_delivery import model as delivery_model
 
 E = 4
 
 
-class Block(nn.Module):
-    def __init__(self, checkpointing):
-        super().__init__()
-        router = tr.TopKRouter(8, E, 2, score="sigmoid", selection_bias=True)
-        nn.init.normal_(router.weight, std=0.5)
-        self.norm, self.moe = nn.LayerNorm(8), tr.MoE(router, tr.SwiGLUExperts(E, 8, 6))
-        self.checkpoint = CHECKPOINTS[checkpointing]
-
-    def body(self, x):
-        return x + self.moe(self.norm(x))
-
-    def forward(self, x):
-        return self.checkpoint(self.body, x) if self.training else self.body(x)
+def with_bias():
+    return tr.TopKRouter(8, E, 2, score="sigmoid", selection_bias=True)
 
 
-def model(checkpointing="none"):
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(8, 8), Block(checkpointing), Block(checkpointing))
+model = partial(delivery_model, router=with_bias)
 
 
 def routers(model):

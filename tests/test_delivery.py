@@ -35,11 +35,13 @@ CHECKPOINTS = {
 }
 
 
+def with_losses():
+    return tr.TopKRouter(8, 4, 2, losses=[tr.losses.LoadBalanceLoss(0.1), tr.losses.ZLoss(0.1)])
+
+
 class Block(nn.Module):
-    def __init__(self, checkpointing):
+    def __init__(self, checkpointing, router):
         super().__init__()
-        losses = [tr.losses.LoadBalanceLoss(0.1), tr.losses.ZLoss(0.1)]
-        router = tr.TopKRouter(8, 4, 2, losses=losses)
         nn.init.normal_(router.weight, std=0.5)
         self.norm, self.moe = nn.LayerNorm(8), tr.MoE(router, tr.SwiGLUExperts(4, 8, 6))
         self.checkpoint = CHECKPOINTS[checkpointing]
@@ -51,9 +53,10 @@ class Block(nn.Module):
         return self.checkpoint(self.body, x) if self.training else self.body(x)
 
 
-def model(checkpointing="none"):
+def model(checkpointing="none", router=with_losses):
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(8, 8), Block(checkpointing), Block(checkpointing))
+    blocks = (Block(checkpointing, router()) for _ in range(2))
+    return nn.Sequential(nn.Linear(8, 8), *blocks)
 
 
 def compiled(model, what, backend="aot_eager"):

@@ -1,7 +1,9 @@
 """Several ranks decide, count and learn as one process does that sees all their tokens."""
 
+import copy
 import os
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.testing import assert_close
 
 import torch_routers as tr
 from ranks import Ranks
@@ -343,3 +346,39 @@ def test_a_checkpoint_of_two_ranks_routes_alike_on_others(ranks, tmp_path, wrap)
     for form in "full", "sharded":
         for other, world_size in ("plain", 1), ("ddp", 2), ("fsdp2", 1), ("fsdp2", 4):
             ranks(load, world_size, wrap=other, folder=str(tmp_path), form=form)
+
+
+# ---- the balance loss of the global batch --------------------------------------------------------
+
+
+def balance_gradient(x, loss, call=lambda router: router):
+    torch.manual_seed(1)
+    router = tr.TopKRouter(6, 4, 2, losses=[loss]).double()
+    call(router)(x).aux_loss.backward()
+    return router.weight.grad
+
+
+def global_balance_on_a_rank():
+    rank, tokens = dist.get_rank(), torch.Generator().manual_seed(0)
+    all_tokens = torch.randn(12, 6, generator=tokens, dtype=torch.float64)
+    mine = all_tokens[:3] if rank == 0 else all_tokens[3:]
+    compiled = partial(torch.compile, fullgraph=True, backend="aot_eager")
+    expected = balance_gradient(all_tokens, tr.losses.LoadBalanceLoss(1.0))
+    for call in compiled, lambda router: router:
+        actual = balance_gradient(mine, tr.losses.GlobalBalanceLoss(1.0), call)
+        actual *= len(mine) * 2 / len(all_tokens)
+        dist.all_reduce(actual)
+        assert_close(actual / 2, expected)
+
+    groups = [dist.new_group([0]), dist.new_group([1])]
+    alone = tr.losses.GlobalBalanceLoss(1.0)
+    alone.group = groups[rank]
+    expected = balance_gradient(mine, tr.losses.LoadBalanceLoss(1.0))
+    assert_close(balance_gradient(mine, alone), expected)
+    assert copy.deepcopy(alone).group is groups[rank]
+    assert tr.from_config(alone.config()).group is None
+
+
+def test_global_balance_of_two_ranks_with_different_numbers_of_tokens(ranks):
+    """Gradients that are averaged over the ranks are those of one rank with all tokens."""
+    ranks(global_balance_on_a_rank, 2)

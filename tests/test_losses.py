@@ -2,10 +2,7 @@
 
 import copy
 import json
-import os
 import pickle
-import subprocess
-import sys
 from functools import partial
 
 import pytest
@@ -600,75 +597,6 @@ def test_a_recomputed_forward_is_not_counted_again(reentrant, compile):
 def test_opcheck():
     op = torch.ops.torch_routers._count.default
     torch.library.opcheck(op, (torch.tensor([1, 2]), torch.tensor([3, 0])))
-
-
-RANKS = """
-import os, sys, torch, torch.distributed as dist, torch_routers as tr
-
-rank, store, case = int(sys.argv[1]), sys.argv[2], sys.argv[3]
-dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-assert case != "fails" or rank == 0, "as it should"
-all_tokens = torch.randn(12, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-mine = all_tokens[:3] if rank == 0 else all_tokens[3:]
-
-def gradient(x, loss, call=lambda router: router):
-    torch.manual_seed(1)
-    router = tr.TopKRouter(6, 4, 2, losses=[loss]).double()
-    call(router)(x).aux_loss.backward()
-    return router.weight.grad
-
-def compiled(router):
-    return torch.compile(router, fullgraph=True, backend="aot_eager")
-
-expected = gradient(all_tokens, tr.losses.LoadBalanceLoss(1.0))
-for call in compiled, lambda router: router:
-    actual = gradient(mine, tr.losses.GlobalBalanceLoss(1.0), call)
-    actual *= len(mine) * 2 / len(all_tokens)
-    dist.all_reduce(actual)
-    torch.testing.assert_close(actual / 2, expected)
-
-groups = [dist.new_group([0]), dist.new_group([1])]
-alone = tr.losses.GlobalBalanceLoss(1.0)
-alone.group = groups[rank]
-expected = gradient(mine, tr.losses.LoadBalanceLoss(1.0))
-torch.testing.assert_close(gradient(mine, alone), expected)
-
-import copy
-assert copy.deepcopy(alone).group is groups[rank] and tr.from_config(alone.config()).group is None
-
-dist.barrier()
-dist.destroy_process_group()
-sys.stdout.flush()
-os._exit(0)
-"""
-
-
-def run_on_two_ranks(program, store, case):
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", program, str(rank), str(store), case],
-            env=environment, stderr=subprocess.PIPE, text=True,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    try:
-        for rank in reversed(ranks):
-            assert rank.wait(timeout=60) == 0, rank.stderr.read()
-    finally:
-        for rank in ranks:
-            rank.kill()
-            rank.communicate()
-
-
-def test_global_balance_of_two_ranks_with_different_numbers_of_tokens(tmp_path):
-    """Gradients that are averaged over the ranks are those of one rank with all tokens."""
-    run_on_two_ranks(RANKS, tmp_path / "store", "passes")
-
-
-def test_a_rank_that_fails_fails_the_test(tmp_path):
-    with pytest.raises(AssertionError, match="as it should"):
-        run_on_two_ranks(RANKS, tmp_path / "store", "fails")
 
 
 # ---- several losses ------------------------------------------------------------------------------

@@ -1,17 +1,15 @@
 """Noisy top-k: how loud the noise of a token's logits is, is learned."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torch_routers.losses import LoadLoss, RouterLoss, expected_load
+from torch_routers.losses import RouterLoss
 from torch_routers.noise import Noise, Stream
 from torch_routers.routers.base import RouterTraits
 from torch_routers.routers.topk import TopKRouter
-from torch_routers.routing import Routing
 
 
 class NoisyTopKRouter(TopKRouter):
@@ -45,6 +43,7 @@ class NoisyTopKRouter(TopKRouter):
     Raises:
         ValueError: an argument that does not fit.
 
+    >>> from torch_routers.losses import LoadLoss
     >>> router = NoisyTopKRouter(16, 4, 2, losses=[LoadLoss(0.1)])
     >>> router(torch.randn(9, 16)).load.shape
     torch.Size([4])
@@ -82,39 +81,9 @@ class NoisyTopKRouter(TopKRouter):
             if weight is not None:
                 nn.init.zeros_(weight)
 
-    def route(
-        self,
-        x: Tensor,
-        *,
-        valid_mask: Tensor | None,
-        indices: Tensor | None = None,
-        top_k: int | Tensor | None = None,
-        capacity: int | None = None,
-        capacity_factor: float | None = None,
-        seed: int | Tensor | None = None,
-        row_ids: Tensor | None = None,
-        group_offsets: Tensor | None = None,
-        **context: Any,
-    ) -> Routing:
-        self.check_hidden_size(x)
-        x = self.full_precision(x)
-        noise = Noise(x, seed, row_ids) if self.training else None
-        clean = noisy = F.linear(x, self.weight.to(x.dtype))
-        if noise is not None:
-            sigma = F.softplus(F.linear(x, self.noise_weight.to(x.dtype))) + self.min_noise
-            noisy = clean + sigma * noise.normal(Stream.LOGITS, self.num_experts)
-        routing = self.choose(
-            noisy,
-            noise,
-            valid_mask=valid_mask,
-            indices=indices,
-            top_k=top_k,
-            capacity=capacity,
-            capacity_factor=capacity_factor,
-            group_offsets=group_offsets,
-        )
-        if noise is not None and any(isinstance(loss, LoadLoss) for loss in self.losses):
-            slots = top_k if isinstance(top_k, int) else self.top_k
-            load = expected_load(clean, noisy, sigma, slots, valid_mask=valid_mask)
-            routing = routing._replace(load=load)
-        return routing
+    def logits(self, x: Tensor, noise: Noise | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        clean = F.linear(x, self.weight.to(x.dtype))
+        if noise is None:
+            return clean, None, None
+        sigma = F.softplus(F.linear(x, self.noise_weight.to(x.dtype))) + self.min_noise
+        return clean + sigma * noise.normal(Stream.LOGITS, self.num_experts), clean, sigma

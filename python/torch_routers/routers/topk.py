@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torch_routers import ops
-from torch_routers.losses import RouterLoss
+from torch_routers.losses import LoadLoss, RouterLoss, expected_load
 from torch_routers.noise import Noise, Stream
 from torch_routers.routers.base import Router, check_choice
 from torch_routers.routing import Routing
@@ -202,11 +202,15 @@ class TopKRouter(Router):
         group_offsets: Tensor | None = None,
         **context: Any,
     ) -> Routing:
-        self.check_hidden_size(x)
+        if x.shape[-1] != self.hidden_size:
+            raise ValueError(
+                f"{self._name}: expected x of shape [..., hidden_size={self.hidden_size}], "
+                f"got {list(x.shape)}"
+            )
         x = self.full_precision(x)
         noise = Noise(x, seed, row_ids) if self.training and self.traits.random else None
-        logits = self.logits(x, noise)
-        return self.choose(
+        logits, clean, sigma = self.logits(x, noise)
+        routing = self.choose(
             logits,
             noise,
             valid_mask=valid_mask,
@@ -216,16 +220,18 @@ class TopKRouter(Router):
             capacity_factor=capacity_factor,
             group_offsets=group_offsets,
         )
+        if sigma is not None and any(isinstance(loss, LoadLoss) for loss in self.losses):
+            slots = top_k if isinstance(top_k, int) else self.top_k
+            load = expected_load(clean, logits, sigma, slots, valid_mask=valid_mask)
+            routing = routing._replace(load=load)
+        return routing
 
-    def check_hidden_size(self, x: Tensor) -> None:
-        if x.shape[-1] != self.hidden_size:
-            raise ValueError(
-                f"{self._name}: expected x of shape [..., hidden_size={self.hidden_size}], "
-                f"got {list(x.shape)}"
-            )
+    def logits(self, x: Tensor, noise: Noise | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """``[..., num_experts]`` from ``x`` in full precision, with the noise of training.
 
-    def logits(self, x: Tensor, noise: Noise | None) -> Tensor:
-        """``[..., num_experts]`` from ``x`` in full precision, with the noise of training."""
+        A router whose noise is learned also returns the logits without it, and its standard
+        deviation: what the load of experts is expected from.
+        """
         if noise is not None and self.jitter:
             x = x * (1 + self.jitter * (2 * noise.uniform(Stream.JITTER, x.shape[-1]) - 1))
         bias = None if self.bias is None else self.bias.to(x.dtype)
@@ -236,7 +242,7 @@ class TopKRouter(Router):
             if scale is None:
                 scale = 1 / self.num_experts if self.noise == "normal" else 1.0
             logits = logits + scale * added
-        return logits
+        return logits, None, None
 
     def choose(
         self,
@@ -275,7 +281,9 @@ class TopKRouter(Router):
             if valid_mask is not None:
                 indices = torch.where(valid_mask.unsqueeze(-1), indices, -1)
             weights, statistics = ops.gate(logits, indices, **options)
-        routing = Routing(weights, indices, logits, statistics.group_counts.sum(0), statistics)
+        counts = statistics.group_counts  # of one group, mostly: a view is cheaper than a sum
+        counts = counts[0] if group_offsets is None else counts.sum(0)
+        routing = Routing(weights, indices, logits, counts, statistics)
         if not limited:
             return routing
         if self.capacity_group == "batch":
