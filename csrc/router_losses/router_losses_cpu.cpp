@@ -24,33 +24,31 @@ double sum_of_squares(const RouterLossesShape& p, const T* lse, int64_t block) {
 }
 
 struct Tokens {
-  int64_t all = 0, groups = 0;  // groups: those with tokens
+  double all = 0, groups = 0;  // groups: those with tokens
 };
 template <class T> Tokens tokens(const RouterLosses<T>& p) {
   Tokens result;
   for (int64_t g = 0; g < p.groups; ++g) {
-    result.all += p.group_tokens[g];
-    result.groups += p.group_tokens[g] > 0;
+    result.all += static_cast<double>(p.group_tokens[g]);
+    result.groups += p.group_tokens[g] > 0 ? 1 : 0;
   }
   return result;
 }
 
 // What the sum over e of c_e s_e of a set is multiplied by to become its part of the balance loss.
 template <class T> double balance_scale(const RouterLosses<T>& p, int64_t set, const Tokens& all) {
-  int64_t slots = 0;
-  for (int64_t e = 0; e < p.experts; ++e) slots += sum_of_set<int64_t>(p, p.counts, set, e);
-  const auto of_set = static_cast<double>(p.per_group ? p.group_tokens[set] : all.all);
-  const double sets = p.per_group ? at_least_one(static_cast<double>(all.groups)) : 1;
-  return static_cast<double>(p.experts) /
-         (balance_divisor(p, of_set, static_cast<double>(slots)) * sets);
+  double slots = 0;
+  for (int64_t e = 0; e < p.experts; ++e) slots += sum_of_set(p, p.counts, set, e);
+  const double of_set = p.per_group ? static_cast<double>(p.group_tokens[set]) : all.all;
+  const double sets = p.per_group ? at_least_one(all.groups) : 1;
+  return static_cast<double>(p.experts) / (balance_divisor(p, of_set, slots) * sets);
 }
 
 template <class T> double balance(const RouterLosses<T>& p, const Tokens& all) {
   double loss = 0;
   for (int64_t set = 0; set < p.sets(); ++set) {
     const double dot = sum_row<double>(p.experts, [&](int64_t e) {
-      return static_cast<double>(sum_of_set<int64_t>(p, p.counts, set, e)) *
-             sum_of_set<double>(p, p.score_sums, set, e);
+      return sum_of_set(p, p.counts, set, e) * sum_of_set(p, p.score_sums, set, e);
     });
     loss += balance_scale(p, set, all) * dot;
   }
@@ -58,13 +56,12 @@ template <class T> double balance(const RouterLosses<T>& p, const Tokens& all) {
 }
 
 template <class T> void write_slopes(const RouterLosses<T>& p, const Tokens& all) {
-  *p.lse_slope = 2 * p.z_weight / at_least_one(static_cast<double>(all.all));
+  *p.lse_slope = 2 * p.z_weight / at_least_one(all.all);
   if (!p.score_sums) return;
   for (int64_t set = 0; set < p.sets(); ++set) {
     const double scale = p.counts ? p.balance_weight * balance_scale(p, set, all) : 0;
     for (int64_t e = 0; e < p.experts; ++e)
-      p.slopes[set * p.experts + e] =
-          p.counts ? scale * static_cast<double>(sum_of_set<int64_t>(p, p.counts, set, e)) : 0;
+      p.slopes[set * p.experts + e] = p.counts ? scale * sum_of_set(p, p.counts, set, e) : 0;
   }
   if (!p.importance) return;
   const Importance loss = importance(p);
@@ -87,7 +84,7 @@ template <class T> void router_losses(const RouterLosses<T>& p, int64_t, int64_t
   double z = 0;
   for (int64_t block = 0; p.lse && block < p.blocks(); ++block)
     z += p.squares ? p.squares[block] : sum_of_squares(p, p.lse, block);
-  write_losses(p, p.counts ? balance(p, all) : 0, z / at_least_one(static_cast<double>(all.all)),
+  write_losses(p, p.counts ? balance(p, all) : 0, z / at_least_one(all.all),
                p.importance ? importance(p).value() : 0);
 }
 

@@ -60,14 +60,11 @@ template <class T> __device__ Common common(const RouterLosses<T>& p, double (&p
   return {tokens, groups, Importance(p, mean, deviations)};
 }
 
-template <class T> __device__ double count(const RouterLosses<T>& p, int64_t set, int64_t expert) {
-  return static_cast<double>(sum_of_set<int64_t>(p, p.counts, set, expert));
-}
-
 // What the sum over e of c_e s_e of a set is multiplied by to become its part of the balance loss.
 template <class T>
 __device__ double balance_scale(const RouterLosses<T>& p, int64_t set, const Common& all) {
-  const double slots = warp_sum_of(p.experts, [&](int64_t e) { return count(p, set, e); });
+  const double slots =
+      warp_sum_of(p.experts, [&](int64_t e) { return sum_of_set(p, p.counts, set, e); });
   const double tokens = p.per_group ? static_cast<double>(p.group_tokens[set]) : all.tokens;
   const double sets = p.per_group ? at_least_one(all.groups) : 1;
   return static_cast<double>(p.experts) / (balance_divisor(p, tokens, slots) * sets);
@@ -79,7 +76,7 @@ __device__ double balance(const RouterLosses<T>& p, const Common& all, double (&
   double loss = 0;
   for (int64_t set = warp(); set < p.sets(); set += kWarps) {
     const double dot = warp_sum_of(p.experts, [&](int64_t e) {
-      return count(p, set, e) * sum_of_set<double>(p, p.score_sums, set, e);
+      return sum_of_set(p, p.counts, set, e) * sum_of_set(p, p.score_sums, set, e);
     });
     loss += balance_scale(p, set, all) * dot;
   }
@@ -118,7 +115,7 @@ template <class T> __global__ void __launch_bounds__(kThreads, 1) slopes(RouterL
     const double scale = p.counts ? p.balance_weight * balance_scale(p, set, all) : 0;
     for (int64_t first = 0; first < p.experts; first += kWarp)  // the same turns for all lanes
       if (const int64_t e = first + lane(); e < p.experts)
-        p.slopes[set * p.experts + e] = p.counts ? scale * count(p, set, e) : 0;
+        p.slopes[set * p.experts + e] = p.counts ? scale * sum_of_set(p, p.counts, set, e) : 0;
   }
   if (!p.importance) return;
   __syncthreads();  // the slopes of other warps are there

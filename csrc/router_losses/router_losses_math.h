@@ -16,15 +16,16 @@ TORCH_ROUTERS_HOST_DEVICE static inline double slope_of_lse(double slope, double
   return lse == -__builtin_huge_val() ? 0 : slope * lse;
 }
 
-// The sum over the groups of a set of what an array [groups, experts] has for an expert.
-template <class Sum, class Element>
-TORCH_ROUTERS_HOST_DEVICE static inline Sum sum_of_set(const RouterLossesShape& p,
-                                                       const Element* array, std::int64_t set,
-                                                       std::int64_t expert) {
-  Sum sum = 0;
+// The sum over the groups of a set of what an array [groups, experts] has for an expert. In double,
+// where counts are exact to 2^53 and no value that a caller may pass overflows.
+template <class Element>
+TORCH_ROUTERS_HOST_DEVICE static inline double sum_of_set(const RouterLossesShape& p,
+                                                          const Element* array, std::int64_t set,
+                                                          std::int64_t expert) {
+  double sum = 0;
   const std::int64_t first = set * p.groups_per_set();
   for (std::int64_t g = first; g < first + p.groups_per_set(); ++g)
-    sum += array[g * p.experts + expert];
+    sum += static_cast<double>(array[g * p.experts + expert]);
   return sum;
 }
 
