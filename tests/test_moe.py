@@ -18,6 +18,27 @@ def router(top_k=2, **options):
     return router
 
 
+class ThresholdRouter(tr.Router):
+    """A weight for every expert, most of them 0, and none for some tokens."""
+
+    def __init__(self):
+        super().__init__(E)
+        self.weight = nn.Parameter(40 * torch.randn(E, H).mul(0.02))
+
+    def route(self, x, *, valid_mask, **context):
+        logits = self.full_precision(x) @ self.full_precision(self.weight).T
+        weights = (logits - 1).relu()
+        if valid_mask is not None:
+            weights = torch.where(valid_mask.unsqueeze(-1), weights, 0)
+        counts = (weights != 0).view(-1, E).sum(0)
+        return tr.Routing(weights, logits=logits, counts=counts)
+
+
+def threshold_router():
+    torch.manual_seed(0)
+    return ThresholdRouter()
+
+
 def swiglu(experts, e):
     gate_up = experts.gate_up_proj[e], experts.gate_up_proj_bias
     gate_up_bias = None if gate_up[1] is None else gate_up[1][e]
@@ -75,6 +96,14 @@ LAYERS = {
         ),
         swiglu,
     ),
+    "weight per expert": (
+        lambda: tr.MoE(threshold_router(), tr.SwiGLUExperts(E, H, SIZE)),
+        swiglu,
+    ),
+    "weight per expert, bounded": (
+        lambda: tr.MoE(threshold_router(), tr.SwiGLUExperts(E, H, SIZE), max_active=4),
+        swiglu,
+    ),
     "modules": (
         lambda: tr.MoE(
             router(),
@@ -100,7 +129,8 @@ def by_loop(moe, name, x, valid):
     for t in valid.nonzero().flatten().tolist():
         routing = moe.router(x[t])
         y = 0
-        for weight, e in zip(routing.weights, routing.indices.tolist()):
+        experts = range(E) if routing.indices is None else routing.indices.tolist()
+        for weight, e in zip(routing.weights, experts):
             expert = LAYERS[name][1](moe.experts, e)
             y = y + (expert(weight * x[t]) if moe.scale_input else weight * expert(x[t]))
         if moe.shared is not None:
@@ -151,7 +181,11 @@ def test_padding_content_changes_nothing(name):
 @every_layer
 def test_experts_without_tokens_get_zero_gradients(name):
     moe, x = layer(name), inputs(torch.float32)
-    moe(x, indices=torch.tensor([[0, 2]]).expand(T, 2)).square().sum().backward()
+    if isinstance(moe.router, ThresholdRouter):
+        moe.router.weight.data[[1, 3, 4]] = 0
+        moe(x).square().sum().backward()
+    else:
+        moe(x, indices=torch.tensor([[0, 2]]).expand(T, 2)).square().sum().backward()
     for key, parameter in moe.experts.named_parameters():
         if name == "modules":
             is_used = key.split(".")[1] in "02"
@@ -205,6 +239,54 @@ def test_padding_of_followed_inputs_reaches_no_shared_expert():
     assert torch.equal((y != 0).any(-1).long(), mask)
 
 
+# ---- a weight for every expert -------------------------------------------------------------------
+
+
+class Counted(nn.Module):
+    """Experts that tell how many rows they got."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts, self.num_experts, self.rows = tr.SwiGLUExperts(E, H, SIZE), E, []
+
+    def forward(self, rows, offsets):
+        self.rows.append(len(rows))
+        return self.experts(rows, offsets)
+
+
+def test_only_active_pairs_are_computed():
+    experts = Counted()
+    moe, x = tr.MoE(threshold_router(), experts), inputs(torch.float32)
+    _, routing = moe(x, return_routing=True)
+    assert 0 < experts.rows[0] == routing.counts.sum() < T * E
+    assert routing.counts.sum() == (routing.weights != 0).sum()
+    assert not (routing.weights != 0).any(-1).all(), "a token without experts is part of the test"
+
+
+def test_a_bound_makes_shapes_independent_of_the_routing():
+    experts = Counted()
+    moe, x = tr.MoE(threshold_router(), experts, max_active=2), inputs(torch.float32)
+    together = torch.func.vmap(moe)(x[None])[0]
+    assert experts.rows == [T * 2]
+    assert_close(together, moe(x))
+    # With less room than is needed, it is the last experts whose rows are missing.
+    moe.max_active = 1 / T
+    with torch.no_grad():
+        _, routing = moe(x, return_routing=True)
+        y = torch.func.vmap(moe)(x[None])[0]
+    assert (y != 0).any(-1).sum() == 1
+    first = (routing.weights != 0).T.nonzero()[0]  # of the first expert, the first token
+    assert y[first[1]].any()
+
+
+def test_nan_stays_with_its_token():
+    moe, x = layer("weight per expert"), inputs(torch.float32)
+    expected = moe(x)
+    x[3, 2] = torch.nan
+    y, others = moe(x), torch.arange(T) != 3
+    assert y[3].isnan().all() and torch.equal(y[others], expected[others])
+
+
 # ---- upcycling -----------------------------------------------------------------------------------
 
 
@@ -233,5 +315,7 @@ def test_errors():
         tr.SwiGLUExperts.from_dense(nn.Sequential(nn.Linear(2, 2)), 3)
     with pytest.raises(ValueError, match=r"MoE: expected experts with num_experts=5"):
         tr.MoE(router(), [nn.Identity()])
+    with pytest.raises(ValueError, match=r"MoE: expected max_active > 0, got 0"):
+        tr.MoE(router(), tr.SwiGLUExperts(E, H, SIZE), max_active=0)
     with pytest.raises(ValueError, match=r"MoE: expected shared experts with shared_gate=True"):
         tr.MoE(router(), tr.SwiGLUExperts(E, H, SIZE), shared_gate=True)

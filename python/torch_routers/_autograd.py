@@ -146,6 +146,19 @@ def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(device) if enabled else None
 
 
+def shapes_may_depend_on(x: torch.Tensor) -> bool:
+    """Whether the values of ``x`` can be read, for free, to choose a shape.
+
+    Not while a program is traced or mapped, nor on a device that would have to be waited for.
+    """
+    return x.device.type == "cpu" and not (
+        torch.compiler.is_compiling()
+        or _are_functorch_transforms_active()
+        or _len_torch_dispatch_stack()
+        or _get_tracing_state() is not None
+    )
+
+
 def _forward_levels() -> int:
     """Of ``torch.func``; those of ``forward_ad`` do not nest."""
     stack = torch._C._functorch.get_interpreter_stack() or ()

@@ -1,5 +1,6 @@
 """The layer that joins a router with experts."""
 
+import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Literal, overload
 
@@ -7,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_routers import ops
+from torch_routers._autograd import shapes_may_depend_on
 from torch_routers.delivery import require_destination
 from torch_routers.layers.experts import ExpertList
 from torch_routers.routers import Router
@@ -19,7 +21,9 @@ class MoE(nn.Module):
     .. math::  y_t = \sum_j w_{tj} \, \mathrm{expert}_{i_{tj}}(x_t) + g(x_t)\, \mathrm{shared}(x_t)
 
     The sum over :math:`j` is taken in slot order, in float32 (float64 for float64 rows), and
-    rounded once.
+    rounded once. A router with a weight for every expert, such as one whose number of experts
+    varies from token to token, works alike: :math:`j` then runs over the experts whose weight is
+    not 0, in ascending order, and no other pair of token and expert is computed.
 
     Args:
         router: decides which expert sees which token.
@@ -30,6 +34,11 @@ class MoE(nn.Module):
             linear layer ``shared_gate`` (Qwen2-MoE); else :math:`g = 1` (DeepSeek).
         scale_input: multiply the input of the experts by the weight instead of their output, as
             Llama 4 does.
+        max_active: room for that many experts per token, on the average of a call, where a router
+            has a weight for every expert and shapes may not depend on values: in compiled and
+            exported models, under ``torch.func.vmap``, and on CUDA. If a call needs more, the last
+            experts lose rows, which then add nothing. Default: room for all. In eager mode on the
+            CPU there is exactly as much room as is needed.
 
     ``moe(x)`` is a tensor of the shape and dtype of ``x``; ``moe(x, return_routing=True)`` is that
     and the `Routing`. Everything else goes to the router by keyword: ``valid_mask``,
@@ -53,6 +62,7 @@ class MoE(nn.Module):
         shared: nn.Module | None = None,
         shared_gate: bool = False,
         scale_input: bool = False,
+        max_active: float | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(experts, nn.Module) or isinstance(experts, nn.ModuleList):
@@ -65,10 +75,12 @@ class MoE(nn.Module):
             )
         if shared_gate and shared is None:
             raise ValueError("MoE: expected shared experts with shared_gate=True, got none")
+        if max_active is not None and not max_active > 0:
+            raise ValueError(f"MoE: expected max_active > 0, got {max_active}")
         self.router, self.experts, self.shared = router, experts, shared
         hidden_size = getattr(router, "hidden_size", None) or getattr(experts, "hidden_size", None)
         self.shared_gate = nn.Linear(hidden_size, 1, bias=False) if shared_gate else None
-        self.scale_input = scale_input
+        self.scale_input, self.max_active = scale_input, max_active
 
     if TYPE_CHECKING:  # nn.Module types its calls as Any
 
@@ -89,15 +101,22 @@ class MoE(nn.Module):
         routing = self.router(x, **context)
         if not return_routing:
             require_destination("MoE", self.router, routing)
-        if routing.indices is None:
-            raise ValueError("MoE: expected a routing with indices, got a dense one")
-        y = self._mix(x, routing.indices, routing.weights)
+        y = self._mix(x, routing.weights, self._plan(routing))
         if self.shared is not None:
             y = y + self._shared(x, context.get("valid_mask"))
         return (y, routing) if return_routing else y
 
-    def _mix(self, x: Tensor, indices: Tensor, weights: Tensor | None) -> Tensor:
-        plan = ops.expert_plan(indices, self.router.num_experts)
+    def _plan(self, routing: Routing) -> ops.Plan:
+        if routing.indices is not None:
+            return ops.expert_plan(routing.indices, self.router.num_experts)
+        weights, rows = routing.weights.detach(), None
+        if shapes_may_depend_on(weights):
+            rows = int(weights.count_nonzero())
+        elif self.max_active is not None:
+            rows = math.ceil(weights[..., 0].numel() * min(self.max_active, weights.shape[-1]))
+        return ops.expert_plan_from_weights(weights, max_rows=rows)
+
+    def _mix(self, x: Tensor, weights: Tensor | None, plan: ops.Plan) -> Tensor:
         rows = ops.permute_tokens(x, plan)
         if self.scale_input:
             rows, weights = rows * _of_rows(weights, plan).to(rows.dtype), None
