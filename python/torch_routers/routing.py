@@ -17,8 +17,8 @@ class Routing(NamedTuple):
 
     weights: Tensor
     """``[..., k]`` combine weights, float32 (float64 for float64 input), differentiable, in the
-    order of ``indices``; 0 in a slot that is empty. Without indices ``[..., num_experts]``, of which
-    0 stands for an expert that does not see the token."""
+    order of ``indices``; 0 in a slot that is empty. Without indices ``[..., num_experts]``: 0 where
+    an expert does not see the token."""
     indices: Tensor | None = None
     """``[..., k]`` int64 expert of each slot; -1 = empty, because the token is masked or was
     dropped. The indices of a token are distinct. None where there is a weight for every expert."""
