@@ -3,6 +3,7 @@
 from torch_routers.ops.expert_plan import expert_plan, expert_plan_from_weights
 from torch_routers.ops.gate import Statistics, gate, topk_gate, topk_select
 from torch_routers.ops.grouped_linear import grouped_linear
+from torch_routers.ops.gru_cell import gru_cell
 from torch_routers.ops.limit_capacity import expert_capacity, limit_capacity
 from torch_routers.ops.plan import Plan
 from torch_routers.ops.router_losses import RouterLosses, router_losses
@@ -18,6 +19,7 @@ __all__ = [
     "expert_plan_from_weights",
     "gate",
     "grouped_linear",
+    "gru_cell",
     "limit_capacity",
     "permute_tokens",
     "router_losses",
