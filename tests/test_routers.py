@@ -156,7 +156,10 @@ def test_padding_content_changes_nothing(case):
         moe, x = case.moe(), inputs(3, 7)
         x[~mask] = content
         context = case.context((3, 7))
-        context = {name: value.where(mask, 5) for name, value in context.items()}
+        context = {
+            name: value.where(mask.view(3, 7, *[1] * (value.dim() - 2)), 5)
+            for name, value in context.items()
+        }
         y, routing = train(moe, x, context, valid_mask=mask)
         assert (y[~mask] == 0).all() and (routing.weights[~mask] == 0).all()
         assert routing.indices is None or (routing.indices[~mask] == -1).all()

@@ -17,7 +17,17 @@ from torch_routers.layers import (
 )
 from torch_routers.presets import create_moe, list_presets
 from torch_routers.registry import create_router, from_config, list_routers
-from torch_routers.routers import HashRouter, NoisyTopKRouter, Router, RouterTraits, TopKRouter
+from torch_routers.routers import (
+    HashRouter,
+    NoisyTopKRouter,
+    RecurrentCell,
+    RecurrentRouter,
+    RecurrentStack,
+    Router,
+    RouterTraits,
+    TopKRouter,
+    share_cell,
+)
 from torch_routers.routers.base import CrossBatchRoutingWarning
 from torch_routers.routers.topk import ZeroRouterGradientWarning
 from torch_routers.routing import Routing
@@ -33,6 +43,9 @@ __all__ = [
     "MLPExperts",
     "MoE",
     "NoisyTopKRouter",
+    "RecurrentCell",
+    "RecurrentRouter",
+    "RecurrentStack",
     "Router",
     "RouterTraits",
     "Routing",
@@ -52,4 +65,5 @@ __all__ = [
     "metrics",
     "ops",
     "parameter_groups",
+    "share_cell",
 ]

@@ -3,6 +3,22 @@
 from torch_routers.routers.base import Router, RouterTraits
 from torch_routers.routers.hash import HashRouter
 from torch_routers.routers.noisy_topk import NoisyTopKRouter
+from torch_routers.routers.recurrent import (
+    RecurrentCell,
+    RecurrentRouter,
+    RecurrentStack,
+    share_cell,
+)
 from torch_routers.routers.topk import TopKRouter
 
-__all__ = ["HashRouter", "NoisyTopKRouter", "Router", "RouterTraits", "TopKRouter"]
+__all__ = [
+    "HashRouter",
+    "NoisyTopKRouter",
+    "RecurrentCell",
+    "RecurrentRouter",
+    "RecurrentStack",
+    "Router",
+    "RouterTraits",
+    "TopKRouter",
+    "share_cell",
+]

@@ -158,6 +158,14 @@ class Router(Configurable, nn.Module):
         if self.cross_batch == "warn":
             warnings.warn(message, CrossBatchRoutingWarning, stacklevel=3)
 
+    def check_hidden_size(self, x: Tensor) -> None:
+        """An error for an ``x`` that is not ``[..., self.hidden_size]``."""
+        if x.shape[-1] != self.hidden_size:
+            raise ValueError(
+                f"{self._name}: expected x of shape [..., hidden_size={self.hidden_size}], "
+                f"got {list(x.shape)}"
+            )
+
     @property
     def wants_statistics(self) -> bool:
         """Whether losses will read ``lse`` and ``score_sums`` of the statistics."""

@@ -202,11 +202,7 @@ class TopKRouter(Router):
         group_offsets: Tensor | None = None,
         **context: Any,
     ) -> Routing:
-        if x.shape[-1] != self.hidden_size:
-            raise ValueError(
-                f"{self._name}: expected x of shape [..., hidden_size={self.hidden_size}], "
-                f"got {list(x.shape)}"
-            )
+        self.check_hidden_size(x)
         x = self.full_precision(x)
         noise = Noise(x, seed, row_ids) if self.training and self.traits.random else None
         logits, clean, sigma = self.logits(x, noise)
