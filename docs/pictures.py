@@ -75,6 +75,38 @@ def draw_hash() -> plt.Figure:
     return figure
 
 
+def draw_recurrent() -> plt.Figure:
+    """One token on its way through three layers."""
+    figure, axes = plt.subplots(figsize=(9, 3.2))
+    axes.set(xlim=(0, 9), ylim=(0, 3.2))
+    axes.axis("off")
+
+    def box(x: float, y: float, text: str, color: str) -> None:
+        frame = {"boxstyle": "round,pad=0.45", "facecolor": color, "edgecolor": "none"}
+        axes.text(x, y, text, ha="center", va="center", fontsize=9, color="white", bbox=frame)
+
+    def arrow(start: tuple[float, float], end: tuple[float, float], text: str = "") -> None:
+        axes.annotate("", end, start, arrowprops={"arrowstyle": "->", "color": "black"})
+        if text:
+            middle = (start[0] + end[0]) / 2, (start[1] + end[1]) / 2
+            axes.text(middle[0] + 0.1, middle[1] + 0.08, text, fontsize=9)
+
+    axes.text(0.25, 1.6, "$h = 0$", va="center", fontsize=9)
+    arrow((0.7, 1.6), (1.2, 1.6))
+    for layer in range(3):
+        x = 1.7 + 2.8 * layer
+        box(x, 0.75, f"projector $W_1^{layer + 1}$", BLUE)
+        box(x, 1.6, "shared cell", ORANGE)
+        box(x, 2.45, f"head $W_2^{layer + 1}$", BLUE)
+        arrow((x, 0.05), (x, 0.5), f"$x^{layer + 1}$")
+        arrow((x, 1.0), (x, 1.35), "$u$")
+        arrow((x, 1.85), (x, 2.2), "$h'$")
+        arrow((x, 2.7), (x, 3.15), "logits")
+        if layer < 2:
+            arrow((x + 0.55, 1.6), (x + 2.25, 1.6), "state")
+    return figure
+
+
 def _grid(axes: plt.Axes, rows: int, columns: int) -> None:
     axes.set(xlim=(0, columns), ylim=(rows, 0))
     axes.set_xticks([x + 0.5 for x in range(columns)], range(columns))
@@ -89,7 +121,7 @@ def _grid(axes: plt.Axes, rows: int, columns: int) -> None:
 def main() -> None:
     plt.rcParams.update({"font.size": 9, "axes.titlesize": 9.5, "svg.hashsalt": "torch-routers"})
     IMAGES.mkdir(exist_ok=True)
-    for draw in draw_topk, draw_hash:
+    for draw in draw_topk, draw_hash, draw_recurrent:
         figure = draw()
         for axes in figure.axes:
             axes.spines[["top", "right"]].set_visible(False)

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import torch_routers as tr
 from torch_routers.ablation.presets import Settings
 
 
@@ -104,10 +105,18 @@ class Block(nn.Module):
         self.feed_forward_norm = nn.RMSNorm(hidden_size)
         self.feed_forward = feed_forward
 
-    def forward(self, x: Tensor, token_ids: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, token_ids: Tensor, state: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """``x`` and the state of a recurrent router, None where there is none."""
         x = x + self.scale * self.attention(self.attention_norm(x))
-        y = self.feed_forward(self.feed_forward_norm(x), token_ids=token_ids)
-        return x + self.scale * y
+        y = self.feed_forward_norm(x)
+        if isinstance(self.feed_forward, tr.MoE):
+            y, routing = self.feed_forward(y, token_ids=token_ids, state=state, return_routing=True)
+            state = routing.state
+        else:
+            y = self.feed_forward(y, token_ids=token_ids)
+        return x + self.scale * y, state
 
 
 class LanguageModel(nn.Module):
@@ -148,6 +157,8 @@ class LanguageModel(nn.Module):
                 )
             )
         self.blocks = nn.ModuleList(blocks)
+        if any(isinstance(module, tr.RecurrentRouter) for module in self.modules()):
+            tr.share_cell(self)
         self.norm = nn.RMSNorm(width)
         with seeded(seed, "head"):
             self.head = Linear(width, vocab_size)
@@ -157,6 +168,7 @@ class LanguageModel(nn.Module):
         # Unit RMS: where embeddings are small, the first layers see little of the token, and a
         # hash of the token then beats every router that has to read it from there.
         x = F.rms_norm(self.embedding(token_ids), (self.embedding.embedding_dim,))
+        state = None
         for block in self.blocks:
-            x = block(x, token_ids)
+            x, state = block(x, token_ids, state)
         return self.head(self.norm(x))

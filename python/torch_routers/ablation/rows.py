@@ -108,6 +108,15 @@ def _sigmoid_bias(settings: Settings, token_counts: Tensor) -> tr.Router:
     return _top_k(settings, score="sigmoid", selection_bias=True)
 
 
+def _recurrent(settings: Settings, token_counts: Tensor) -> tr.Router:
+    return tr.RecurrentRouter(
+        hidden_size=settings.hidden_size,
+        num_experts=settings.num_experts,
+        top_k=settings.top_k,
+        losses=[tr.losses.LoadBalanceLoss(1e-2)],
+    )
+
+
 def _noisy(settings: Settings, token_counts: Tensor) -> tr.Router:
     return tr.NoisyTopKRouter(
         hidden_size=settings.hidden_size,
@@ -128,6 +137,7 @@ ROWS = {
         _routed("sigmoid-bias", "sigmoid top-k, balanced by a bias and no loss", _sigmoid_bias),
         _routed("top-1", "as softmax, one expert per token: half the active width", _top_1),
         _routed("capacity", "as softmax, at most 1.25 of a fair share per sequence", _capacity),
+        _routed("recurrent", "a state from layer to layer, balance loss 1e-2", _recurrent),
         _routed("noisy", "noisy top-k, importance and load loss 0.1", _noisy),
     )
 }
