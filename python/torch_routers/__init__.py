@@ -12,6 +12,7 @@ from torch_routers.layers import (
     ExpertList,
     MLPExperts,
     MoE,
+    SoftMergedExperts,
     SwiGLU,
     SwiGLUExperts,
 )
@@ -25,6 +26,7 @@ from torch_routers.routers import (
     RecurrentStack,
     Router,
     RouterTraits,
+    SMEARRouter,
     TopKRouter,
     share_cell,
 )
@@ -49,6 +51,8 @@ __all__ = [
     "Router",
     "RouterTraits",
     "Routing",
+    "SMEARRouter",
+    "SoftMergedExperts",
     "SwiGLU",
     "SwiGLUExperts",
     "TopKRouter",

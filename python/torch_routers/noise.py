@@ -52,6 +52,7 @@ class Stream(IntEnum):
 
     JITTER = 0
     LOGITS = 1
+    EXPERTS = 3
 
 
 class Noise:

@@ -7,6 +7,15 @@ from torch import Tensor
 from torch_routers.ops import Statistics
 
 
+class Merge(NamedTuple):
+    """By which weights the parameters of experts are merged, for each segment of the tokens."""
+
+    weights: Tensor
+    """``[segments, num_experts]``, differentiable."""
+    offsets: Tensor
+    """``[segments + 1]`` int64: where segments begin in the flattened tokens."""
+
+
 class Routing(NamedTuple):
     """The decision of one router for one batch.
 
@@ -36,6 +45,8 @@ class Routing(NamedTuple):
     """Each loss by name, unweighted and detached: to log, not to train."""
     state: Any = None
     """What a recurrent router hands to the next layer."""
+    merge: Merge | None = None
+    """Of routers that merge experts instead of choosing some."""
     load: Tensor | None = None
     """``[num_experts]`` tokens that each expert should get under the noise; differentiable."""
 

@@ -8,5 +8,14 @@ from torch_routers.layers.experts import (
     SwiGLUExperts,
 )
 from torch_routers.layers.moe import MoE
+from torch_routers.layers.soft_merged import SoftMergedExperts
 
-__all__ = ["ClampedSwiGLUExperts", "ExpertList", "MLPExperts", "MoE", "SwiGLU", "SwiGLUExperts"]
+__all__ = [
+    "ClampedSwiGLUExperts",
+    "ExpertList",
+    "MLPExperts",
+    "MoE",
+    "SoftMergedExperts",
+    "SwiGLU",
+    "SwiGLUExperts",
+]

@@ -1,7 +1,7 @@
 """The layer that joins a router with experts."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
@@ -11,6 +11,7 @@ from torch_routers import ops
 from torch_routers._autograd import shapes_may_depend_on
 from torch_routers.delivery import require_destination
 from torch_routers.layers.experts import ExpertList
+from torch_routers.layers.soft_merged import SoftMergedExperts
 from torch_routers.routers import Router
 from torch_routers.routing import Routing
 
@@ -28,7 +29,7 @@ class MoE(nn.Module):
     Args:
         router: decides which expert sees which token.
         experts: a bank of experts, such as `SwiGLUExperts`; or several modules, of which an
-            `ExpertList` is made.
+            `ExpertList` is made. `SoftMergedExperts` are for a router that merges them.
         shared: a module that all tokens pass, such as `SwiGLU`. Default: none.
         shared_gate: multiply what it returns by :math:`g(x) = \sigma(w^\top x)`, with the trained
             linear layer ``shared_gate`` (Qwen2-MoE); else :math:`g = 1` (DeepSeek).
@@ -73,6 +74,8 @@ class MoE(nn.Module):
                 f"MoE: expected experts with num_experts={router.num_experts}, that of the "
                 f"router, got {available}"
             )
+        if scale_input and isinstance(experts, SoftMergedExperts):
+            raise ValueError("MoE: expected scale_input=False with SoftMergedExperts, got True")
         if shared_gate and shared is None:
             raise ValueError("MoE: expected shared experts with shared_gate=True, got none")
         if max_active is not None and not max_active > 0:
@@ -101,7 +104,10 @@ class MoE(nn.Module):
         routing = self.router(x, **context)
         if not return_routing:
             require_destination("MoE", self.router, routing)
-        y = self._mix(x, routing.weights, self._plan(routing))
+        if isinstance(self.experts, SoftMergedExperts):
+            y = self._merged(x, routing, context.get("valid_mask"))
+        else:
+            y = self._mix(x, routing.weights, self._plan(routing))
         if self.shared is not None:
             y = y + self._shared(x, context.get("valid_mask"))
         return (y, routing) if return_routing else y
@@ -123,13 +129,34 @@ class MoE(nn.Module):
         y = ops.combine_tokens(self.experts(rows, plan.offsets), weights, plan)
         return y.to(x.dtype).view(x.shape)
 
+    def _merged(self, x: Tensor, routing: Routing, valid_mask: Tensor | None) -> Tensor:
+        if routing.merge is None:
+            raise ValueError(
+                "MoE: expected a router that merges experts for SoftMergedExperts, got "
+                f"{type(self.router).__name__}"
+            )
+        return self._without_padding(
+            lambda x: self.experts(x.reshape(-1, x.shape[-1]), routing.merge).view(x.shape),
+            x,
+            valid_mask,
+        ).to(x.dtype)
+
     def _shared(self, x: Tensor, valid_mask: Tensor | None) -> Tensor:
-        if valid_mask is not None:  # whatever padding holds, it reaches no parameter
-            x = torch.where(valid_mask.unsqueeze(-1), x, 0)
-        y = self.shared(x)
-        if self.shared_gate is not None:
-            y = torch.sigmoid(self.shared_gate(x)) * y
-        return y if valid_mask is None else torch.where(valid_mask.unsqueeze(-1), y, 0)
+        def gated(x: Tensor) -> Tensor:
+            y = self.shared(x)
+            return y if self.shared_gate is None else torch.sigmoid(self.shared_gate(x)) * y
+
+        return self._without_padding(gated, x, valid_mask)
+
+    @staticmethod
+    def _without_padding(
+        layer: Callable[[Tensor], Tensor], x: Tensor, valid_mask: Tensor | None
+    ) -> Tensor:
+        """``layer(x)``, 0 for masked tokens; whatever they hold, it reaches no parameter."""
+        if valid_mask is None:
+            return layer(x)
+        valid = valid_mask.unsqueeze(-1)
+        return torch.where(valid, layer(torch.where(valid, x, 0)), 0)
 
 
 def _of_rows(weights: Tensor, plan: ops.Plan) -> Tensor:

@@ -7,6 +7,7 @@ from torch_routers.ops.gru_cell import gru_cell
 from torch_routers.ops.limit_capacity import expert_capacity, limit_capacity
 from torch_routers.ops.plan import Plan
 from torch_routers.ops.router_losses import RouterLosses, router_losses
+from torch_routers.ops.soft_merge import soft_merge
 from torch_routers.ops.token_dispatch import combine_tokens, permute_tokens
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "limit_capacity",
     "permute_tokens",
     "router_losses",
+    "soft_merge",
     "topk_gate",
     "topk_select",
 ]

@@ -9,6 +9,7 @@ from torch_routers.routers.recurrent import (
     RecurrentStack,
     share_cell,
 )
+from torch_routers.routers.smear import SMEARRouter
 from torch_routers.routers.topk import TopKRouter
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "RecurrentStack",
     "Router",
     "RouterTraits",
+    "SMEARRouter",
     "TopKRouter",
     "share_cell",
 ]
