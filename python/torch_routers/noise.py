@@ -52,6 +52,7 @@ class Stream(IntEnum):
 
     JITTER = 0
     LOGITS = 1
+    SECOND_CHOICE = 2
 
 
 class Noise:
@@ -85,7 +86,8 @@ class Noise:
 
     def uniform(self, stream: Stream, columns: int) -> Tensor:
         """``[..., columns]``, in the open interval (0, 1)."""
-        numbers = uniform(self.seed + int(stream) * _MIX1, self.row_ids, columns, self._dtype)
+        offset = (int(stream) * _MIX1 + 2**63) % 2**64 - 2**63  # wraps around, as int64 would
+        numbers = uniform(self.seed + offset, self.row_ids, columns, self._dtype)
         return numbers.view(*self._shape, columns)
 
     def gumbel(self, stream: Stream, columns: int) -> Tensor:
