@@ -379,6 +379,43 @@ def global_balance_on_a_rank():
     assert tr.from_config(alone.config()).group is None
 
 
+def reduced_on_ranks(scope, reduction, tokens):
+    """In pairs of ranks, with two micro-batches and padding."""
+    rank, pairs = dist.get_rank(), len(tokens) // 2
+    groups = [dist.new_group([2 * p, 2 * p + 1]) for p in range(pairs)]
+    pair, begin = rank // 2, sum(tokens[:rank])
+    batches = [batch(step, sum(tokens)) for step in range(2)]
+    torch.manual_seed(1)
+    loss = tr.losses.GlobalBalanceLoss(0.7, scope=scope, grad_reduction=reduction)
+    loss.group = groups[pair]
+    router = tr.TopKRouter(H, 4, 2, losses=[loss]).double()
+    both = slice(sum(tokens[: 2 * pair]), sum(tokens[: 2 * pair + 2]))
+    single = tr.TopKRouter(H, 4, 2, losses=[tr.losses.GlobalBalanceLoss(0.7)]).double()
+    single.losses[0].group = dist.new_group([rank], use_local_synchronization=True)
+    single.load_state_dict(router.state_dict())
+    for x in batches:
+        expected = single(x[both]).aux_loss
+        mine = torch.cat([x[begin : begin + tokens[rank]], torch.full((3, H), torch.nan)])
+        routing = router(mine, valid_mask=torch.arange(len(mine)) < tokens[rank])
+        value = routing.aux_loss.detach().clone()
+        gradient = torch.autograd.grad(routing.aux_loss, router.weight)[0]
+        for reduced in value, gradient:
+            dist.all_reduce(reduced, group=groups[pair])
+            reduced /= 2 if reduction == "mean" else 1
+        assert_close(value, expected.detach(), rtol=1e-12, atol=0)
+        expected = torch.autograd.grad(expected, single.weight)[0]
+        assert (gradient - expected).norm() <= 1e-12 * expected.norm()
+        if scope == "group":
+            single.losses[0].reset()
+
+
+@pytest.mark.parametrize("tokens", [EQUAL, UNEVEN, EMPTY, [5, 2, 0, 6]], ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("scope", ["group", "global_batch"])
+def test_reduced_gradients_of_balance_are_those_of_one_process(ranks, scope, reduction, tokens):
+    ranks(reduced_on_ranks, len(tokens), scope=scope, reduction=reduction, tokens=tokens)
+
+
 def test_global_balance_of_two_ranks_with_different_numbers_of_tokens(ranks):
     """Gradients that are averaged over the ranks are those of one rank with all tokens."""
     ranks(global_balance_on_a_rank, 2)
