@@ -348,6 +348,50 @@ def test_a_checkpoint_of_two_ranks_routes_alike_on_others(ranks, tmp_path, wrap)
             ranks(load, world_size, wrap=other, folder=str(tmp_path), form=form)
 
 
+# ---- copies of a router --------------------------------------------------------------------------
+
+
+def diverge(wrap, name):
+    """By one bit, on one rank, in one tensor and then in a later one."""
+    rank = dist.get_rank()
+    model = Model(4)
+    forward = globals()[wrap](model)
+    tr.assert_replicated(forward)
+    router, tensor = name.rsplit(".", 1)
+    for module in dict.fromkeys([router, "blocks.1.moe.router"]):
+        value = getattr(model.get_submodule(module), tensor)
+        with torch.no_grad():
+            bits = value.view(torch.int64 if value.dtype == torch.float64 else torch.int32)
+            bits[(-1,) * bits.dim()] ^= rank
+        with pytest.raises(ValueError, match=f"got different {tensor!r} of {router!r}"):
+            tr.assert_replicated(forward)
+    alone = [dist.new_group([r]) for r in range(dist.get_world_size())]
+    tr.assert_replicated(forward, alone[rank])
+
+
+@pytest.mark.parametrize("name", ["blocks.0.moe.router.weight", "blocks.1.moe.router.expert_bias"])
+def test_ranks_whose_routers_differ_are_told_where(ranks, name):
+    ranks(diverge, 2, wrap="plain", name=name)
+    if name.endswith("expert_bias"):
+        ranks(diverge, 4, wrap="fsdp2", name=name)  # its weights are sharded
+
+
+def differ_in_shape():
+    router = tr.TopKRouter(H, 4 + dist.get_rank(), 2)
+    with pytest.raises(ValueError, match="expected routers with the same tensors on all ranks"):
+        tr.assert_replicated(router)
+    permuted = tr.TopKRouter(4, 4, 2)
+    nn.init.eye_(permuted.weight)
+    if dist.get_rank() == 1:
+        permuted.weight.data = permuted.weight.data.flip(0)
+    with pytest.raises(ValueError, match="got different 'weight' of ''"):
+        tr.assert_replicated(permuted)
+
+
+def test_ranks_with_other_routers_or_rows_in_another_order_are_told(ranks):
+    ranks(differ_in_shape, 2)
+
+
 # ---- the balance loss of the global batch --------------------------------------------------------
 
 

@@ -17,6 +17,7 @@ from torch_routers.layers import (
 )
 from torch_routers.presets import create_moe, list_presets
 from torch_routers.registry import create_router, from_config, list_routers
+from torch_routers.replication import assert_replicated
 from torch_routers.routers import HashRouter, NoisyTopKRouter, Router, RouterTraits, TopKRouter
 from torch_routers.routers.base import CrossBatchRoutingWarning
 from torch_routers.routers.topk import ZeroRouterGradientWarning
@@ -40,6 +41,7 @@ __all__ = [
     "SwiGLUExperts",
     "TopKRouter",
     "ZeroRouterGradientWarning",
+    "assert_replicated",
     "attach",
     "collect",
     "create_moe",

@@ -42,7 +42,7 @@ def uniform(
     True
     """
     column = torch.arange(columns, device=row_ids.device)
-    bits = _mix(_mix(row_ids * _GOLDEN + seed).unsqueeze(-1) + column * _GOLDEN)
+    bits = hashed(hashed(row_ids * _GOLDEN + seed).unsqueeze(-1) + column * _GOLDEN)
     kept = 52 if dtype == torch.float64 else 23  # with 1/2 more it is still exact, thus never 1
     return (_shift(bits, 64 - kept).to(dtype) + 0.5) / 2**kept
 
@@ -104,7 +104,8 @@ def _shift(x: Tensor, by: int) -> Tensor:
     return (x >> by) & (2 ** (64 - by) - 1)
 
 
-def _mix(x: Tensor) -> Tensor:
+def hashed(x: Tensor) -> Tensor:
+    """The finaliser of SplitMix64, a bijection of int64."""
     x = (x ^ _shift(x, 30)) * _MIX1
     x = (x ^ _shift(x, 27)) * _MIX2
     return x ^ _shift(x, 31)
