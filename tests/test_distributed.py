@@ -348,6 +348,50 @@ def test_a_checkpoint_of_two_ranks_routes_alike_on_others(ranks, tmp_path, wrap)
             ranks(load, world_size, wrap=other, folder=str(tmp_path), form=form)
 
 
+# ---- copies of a router --------------------------------------------------------------------------
+
+
+def diverge(wrap, name):
+    """By one bit, on one rank, in one tensor and then in a later one."""
+    rank = dist.get_rank()
+    model = Model(4)
+    forward = globals()[wrap](model)
+    tr.assert_replicated(forward)
+    router, tensor = name.rsplit(".", 1)
+    for module in dict.fromkeys([router, "blocks.1.moe.router"]):
+        value = getattr(model.get_submodule(module), tensor)
+        with torch.no_grad():
+            bits = value.view(torch.int64 if value.dtype == torch.float64 else torch.int32)
+            bits[(-1,) * bits.dim()] ^= rank
+        with pytest.raises(ValueError, match=f"got different {tensor!r} of {router!r}"):
+            tr.assert_replicated(forward)
+    alone = [dist.new_group([r]) for r in range(dist.get_world_size())]
+    tr.assert_replicated(forward, alone[rank])
+
+
+@pytest.mark.parametrize("name", ["blocks.0.moe.router.weight", "blocks.1.moe.router.expert_bias"])
+def test_ranks_whose_routers_differ_are_told_where(ranks, name):
+    ranks(diverge, 2, wrap="plain", name=name)
+    if name.endswith("expert_bias"):
+        ranks(diverge, 4, wrap="fsdp2", name=name)  # its weights are sharded
+
+
+def differ_in_shape():
+    router = tr.TopKRouter(H, 4 + dist.get_rank(), 2)
+    with pytest.raises(ValueError, match="expected routers with the same tensors on all ranks"):
+        tr.assert_replicated(router)
+    permuted = tr.TopKRouter(4, 4, 2)
+    nn.init.eye_(permuted.weight)
+    if dist.get_rank() == 1:
+        permuted.weight.data = permuted.weight.data.flip(0)
+    with pytest.raises(ValueError, match="got different 'weight' of ''"):
+        tr.assert_replicated(permuted)
+
+
+def test_ranks_with_other_routers_or_rows_in_another_order_are_told(ranks):
+    ranks(differ_in_shape, 2)
+
+
 # ---- the balance loss of the global batch --------------------------------------------------------
 
 
@@ -377,6 +421,43 @@ def global_balance_on_a_rank():
     assert_close(balance_gradient(mine, alone), expected)
     assert copy.deepcopy(alone).group is groups[rank]
     assert tr.from_config(alone.config()).group is None
+
+
+def reduced_on_ranks(scope, reduction, tokens):
+    """In pairs of ranks, with two micro-batches and padding."""
+    rank, pairs = dist.get_rank(), len(tokens) // 2
+    groups = [dist.new_group([2 * p, 2 * p + 1]) for p in range(pairs)]
+    pair, begin = rank // 2, sum(tokens[:rank])
+    batches = [batch(step, sum(tokens)) for step in range(2)]
+    torch.manual_seed(1)
+    loss = tr.losses.GlobalBalanceLoss(0.7, scope=scope, grad_reduction=reduction)
+    loss.group = groups[pair]
+    router = tr.TopKRouter(H, 4, 2, losses=[loss]).double()
+    both = slice(sum(tokens[: 2 * pair]), sum(tokens[: 2 * pair + 2]))
+    single = tr.TopKRouter(H, 4, 2, losses=[tr.losses.GlobalBalanceLoss(0.7)]).double()
+    single.losses[0].group = dist.new_group([rank], use_local_synchronization=True)
+    single.load_state_dict(router.state_dict())
+    for x in batches:
+        expected = single(x[both]).aux_loss
+        mine = torch.cat([x[begin : begin + tokens[rank]], torch.full((3, H), torch.nan)])
+        routing = router(mine, valid_mask=torch.arange(len(mine)) < tokens[rank])
+        value = routing.aux_loss.detach().clone()
+        gradient = torch.autograd.grad(routing.aux_loss, router.weight)[0]
+        for reduced in value, gradient:
+            dist.all_reduce(reduced, group=groups[pair])
+            reduced /= 2 if reduction == "mean" else 1
+        assert_close(value, expected.detach(), rtol=1e-12, atol=0)
+        expected = torch.autograd.grad(expected, single.weight)[0]
+        assert (gradient - expected).norm() <= 1e-12 * expected.norm()
+        if scope == "group":
+            single.losses[0].reset()
+
+
+@pytest.mark.parametrize("tokens", [EQUAL, UNEVEN, EMPTY, [5, 2, 0, 6]], ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("scope", ["group", "global_batch"])
+def test_reduced_gradients_of_balance_are_those_of_one_process(ranks, scope, reduction, tokens):
+    ranks(reduced_on_ranks, len(tokens), scope=scope, reduction=reduction, tokens=tokens)
 
 
 def test_global_balance_of_two_ranks_with_different_numbers_of_tokens(ranks):

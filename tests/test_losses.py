@@ -356,6 +356,7 @@ EACH = [
     *(tr.losses.LoadBalanceLoss(0.5, c) for c in ("megatron", "switch", "gshard", "deepspeed")),
     tr.losses.SequenceBalanceLoss(0.5),
     tr.losses.GlobalBalanceLoss(0.5),
+    tr.losses.GlobalBalanceLoss(0.5, scope="group", grad_reduction="mean"),
     tr.losses.ZLoss(0.5),
     tr.losses.ImportanceLoss(0.5),
     tr.losses.ImportanceLoss(0.5, unbiased=True),
@@ -550,9 +551,9 @@ def test_counts_are_in_a_copy_and_not_in_the_state_dict(again):
 
 
 class Layer(nn.Module):
-    def __init__(self, run):
+    def __init__(self, run, **options):
         super().__init__()
-        router = tr.TopKRouter(8, 4, 2, losses=[tr.losses.GlobalBalanceLoss(8.0)])
+        router = tr.TopKRouter(8, 4, 2, losses=[tr.losses.GlobalBalanceLoss(8.0, **options)])
         nn.init.normal_(router.weight)
         self.moe, self.run = tr.MoE(router, tr.SwiGLUExperts(4, 8, 6)), run
 
@@ -560,10 +561,10 @@ class Layer(nn.Module):
         return x + self.run(self.moe, x)
 
 
-def trained(run, compile=None):
+def trained(run, compile=None, **options):
     """Gradients and counts of three steps of two micro-batches, through two layers."""
     torch.manual_seed(1)
-    model = nn.Sequential(nn.Linear(8, 8), Layer(run), Layer(run))
+    model = nn.Sequential(nn.Linear(8, 8), Layer(run, **options), Layer(run, **options))
     losses = [layer.moe.router.losses[0] for layer in model[1:]]
     attached, results, probe = tr.attach(model), [], routing(9 * torch.eye(4)[[0, 0, 1]], 1)
     for step, batches in enumerate(torch.randn(3, 2, 6, 8)):
@@ -581,7 +582,8 @@ def trained(run, compile=None):
 
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("compile", [None, "block in checkpoint", "checkpoint in model"])
-def test_a_recomputed_forward_is_not_counted_again(reentrant, compile):
+@pytest.mark.parametrize("options", [{}, {"scope": "group", "grad_reduction": "sum"}], ids=str)
+def test_a_recomputed_forward_is_not_counted_again(reentrant, compile, options):
     compiler = partial(torch.compile, fullgraph=True, backend="aot_eager")
 
     def compile_model(model):
@@ -590,13 +592,43 @@ def test_a_recomputed_forward_is_not_counted_again(reentrant, compile):
         for layer in model[1:]:
             layer.moe = compiler(layer.moe) if compile == "block in checkpoint" else layer.moe
 
-    actual = trained(partial(checkpoint, use_reentrant=reentrant), compile and compile_model)
-    assert_close(actual, trained(lambda layer, x: layer(x)), rtol=1e-4, atol=1e-5)
+    run = partial(checkpoint, use_reentrant=reentrant)
+    actual = trained(run, compile and compile_model, **options)
+    assert_close(actual, trained(lambda layer, x: layer(x), **options), rtol=1e-4, atol=1e-5)
 
 
 def test_opcheck():
     op = torch.ops.torch_routers._count.default
-    torch.library.opcheck(op, (torch.tensor([1, 2]), torch.tensor([3, 0])))
+    torch.library.opcheck(op, (torch.tensor([1, 2]), torch.tensor([3, 0]), 1))
+
+
+def test_balance_of_a_group_forgets_earlier_micro_batches():
+    loss = tr.losses.GlobalBalanceLoss(1.0, scope="group")
+    for x in torch.randn(3, 7, 4, dtype=torch.float64):
+        assert_close(loss(routing(x)), balance(x))
+
+
+def test_global_balance_of_several_routers_is_refused():
+    """Its counts would be those of all of them."""
+    losses = [tr.losses.GlobalBalanceLoss(1.0), tr.losses.ZLoss(1e-3)]
+    router = tr.TopKRouter(8, 4, 2, losses=losses)
+    message = (
+        "NoisyTopKRouter: expected a GlobalBalanceLoss of its own, got one of another TopKRouter"
+    )
+    with pytest.raises(ValueError, match=message):
+        tr.NoisyTopKRouter(8, 4, 2, losses=losses)
+    for copied in copy.deepcopy(losses), through_pickle(losses):
+        tr.TopKRouter(8, 4, 2, losses=copied)
+    tr.from_config(router.config())
+    del router  # nobody counts there any more
+    tr.TopKRouter(8, 4, 2, losses=losses)
+
+
+def test_global_balance_says_what_it_takes():
+    with pytest.raises(ValueError, match=r"expected scope in \['global_batch', 'group'\], got 'x'"):
+        tr.losses.GlobalBalanceLoss(1.0, scope="x")
+    with pytest.raises(ValueError, match=r"expected grad_reduction in \[None, 'mean', 'sum'\]"):
+        tr.losses.GlobalBalanceLoss(1.0, grad_reduction="max")
 
 
 # ---- several losses ------------------------------------------------------------------------------

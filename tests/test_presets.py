@@ -179,11 +179,7 @@ def test_equals_the_block_of_transformers(name):
     if isinstance(expected, tuple):  # with logits or scores
         expected = expected[0].view(x.shape)
     if name == "switch":
-        # The capacity of Transformers' block counts along the experts and so never drops: tokens
-        # that we drop are left out of the comparison.
-        kept = moe.router(x).indices[..., 0] >= 0
-        assert not kept.all()
-        expected, actual = expected[kept], actual[kept]
+        assert (moe.router(x).indices < 0).any()
     # Their scores are float32 inside a float64 block.
     close = {"rtol": 1e-4, "atol": 1e-5}
     assert_close(actual, expected, **close)

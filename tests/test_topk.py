@@ -220,6 +220,95 @@ def test_noise_has_its_standard_deviation(noise, std):
     assert torch.corrcoef(logits.T).fill_diagonal_(0).abs().max() < 0.04
 
 
+# ---- the random second choice --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{"renormalize": True, "scale": 3.0}, {}], ids=str)
+def test_a_second_choice_is_kept_as_often_as_twice_its_weight(options):
+    router = make(second_policy="random", **options)
+    assert router.traits.random and not router.traits.drops_tokens
+    router.weight.data.copy_(torch.eye(E, H))
+    second = torch.tensor([0.4, 0.25, 0.1, 0.01, 0.5])
+    x = torch.full((20000, len(second), H), -30.0)
+    x[..., 3], x[..., 1] = (1 - second).log(), second.log() - 1e-4
+    routing = router(x)
+    kept = routing.indices[..., 1] >= 0
+    assert (routing.indices[..., 0] == 3).all() and (routing.indices[..., 1][kept] == 1).all()
+    rate, chance = kept.double().mean(0), 2 * second.double()
+    error = (chance * (1 - chance) / len(x)).sqrt()
+    assert ((rate - chance).abs() <= 5 * error + 1e-3).all(), rate
+    scale = options.get("scale", 1)
+    expected = scale * torch.stack([1 - second, second], -1).expand(len(x), -1, -1)
+    expected = torch.where(routing.indices >= 0, expected, 0)
+    assert_close(routing.weights, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_who_loses_the_second_choice_is_a_matter_of_seed_and_token():
+    router, x, ids = make(second_policy="random"), inputs(T), torch.arange(T) + 50
+    whole = router(x, seed=5, row_ids=ids)
+    lost = (whole.indices < 0)[:, 1]
+    assert lost.any() and not lost.all()
+    order = torch.randperm(T)[:9]
+    part = router(x[order], seed=5, row_ids=ids[order])
+    assert torch.equal(part.indices, whole.indices[order])
+    assert torch.equal(router(x, seed=5, row_ids=ids).indices, whole.indices)
+    assert not torch.equal(router(x, seed=6, row_ids=ids).indices, whole.indices)
+    padded = torch.cat([torch.full((5, H), torch.nan), x])
+    mask, ids = torch.arange(T + 5) >= 5, torch.arange(T + 5) + 45
+    masked = router(padded, valid_mask=mask, seed=5, row_ids=ids)
+    assert torch.equal(masked.indices[5:], whole.indices) and (masked.indices[:5] == -1).all()
+    assert torch.equal(masked.weights[5:], whole.weights)
+
+
+def test_a_second_choice_is_lost_in_training_alone_and_not_again_in_a_replay():
+    router, x = make(second_policy="random"), inputs(T)
+    plain = make()(x)
+    routing = router(x)
+    assert torch.equal(routing.counts, plain.counts)  # as losses see them: before the drop
+    for replay in router(x, indices=plain.indices), router.eval()(x):
+        assert torch.equal(replay.indices, plain.indices)
+        assert torch.equal(replay.weights, plain.weights)
+    router.train()
+    replay = router(x, indices=routing.indices)
+    assert torch.equal(replay.indices, routing.indices)
+    assert torch.equal(replay.weights, routing.weights)
+
+
+def test_a_second_choice_that_is_lost_takes_no_place():
+    """In an expert with a capacity; and what is kept can be renormalised."""
+    options = {"second_policy": "random", "renormalize_after_drop": True}
+    router, x, ids = make(**options), inputs(T), torch.arange(T)
+    routing = router(x, seed=1, row_ids=ids)
+    assert_close(routing.weights.sum(-1), torch.ones(T))
+    load = routing.indices[routing.indices >= 0].bincount(minlength=E)
+    assert load.max() < routing.counts.max()
+    limited = router(x, seed=1, row_ids=ids, capacity=int(load.max()))
+    assert torch.equal(limited.indices, routing.indices)
+
+
+def test_a_random_second_choice_compiles_and_repeats_itself_in_a_checkpoint():
+    router, x = make(second_policy="random"), inputs(T)
+    compiled = torch.compile(router, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x, seed=3).indices, router(x, seed=3).indices)
+    gradients = []
+    for run in (lambda f: f(x)), lambda f: checkpoint(f, x, use_reentrant=False):
+        torch.manual_seed(3)
+        loss = run(lambda x: router(x).weights).square().sum()
+        gradients.append(torch.autograd.grad(loss, router.weight)[0])
+    assert_close(*gradients, rtol=0, atol=0)
+
+
+def test_a_random_second_choice_needs_two():
+    with pytest.raises(ValueError, match=r"expected top_k=2 with second_policy=.random., got 3"):
+        make(3, second_policy="random")
+    with pytest.raises(ValueError, match="expected second_policy among"):
+        make(second_policy="sampled")
+    router, x = make(second_policy="random"), inputs(T)
+    assert router(x, top_k=1).indices.shape == (T, 1)
+    with pytest.raises(ValueError, match=r"expected top_k <= 2 with second_policy=.random., got 3"):
+        router(x, top_k=3)
+
+
 # ---- sequence-wise losses ------------------------------------------------------------------------
 
 

@@ -18,6 +18,7 @@ from torch_routers.layers import (
 )
 from torch_routers.presets import create_moe, list_presets
 from torch_routers.registry import create_router, from_config, list_routers
+from torch_routers.replication import assert_replicated
 from torch_routers.routers import (
     HashRouter,
     NoisyTopKRouter,
@@ -57,6 +58,7 @@ __all__ = [
     "SwiGLUExperts",
     "TopKRouter",
     "ZeroRouterGradientWarning",
+    "assert_replicated",
     "attach",
     "collect",
     "create_moe",

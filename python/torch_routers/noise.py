@@ -42,7 +42,7 @@ def uniform(
     True
     """
     column = torch.arange(columns, device=row_ids.device)
-    bits = _mix(_mix(row_ids * _GOLDEN + seed).unsqueeze(-1) + column * _GOLDEN)
+    bits = hashed(hashed(row_ids * _GOLDEN + seed).unsqueeze(-1) + column * _GOLDEN)
     kept = 52 if dtype == torch.float64 else 23  # with 1/2 more it is still exact, thus never 1
     return (_shift(bits, 64 - kept).to(dtype) + 0.5) / 2**kept
 
@@ -52,6 +52,7 @@ class Stream(IntEnum):
 
     JITTER = 0
     LOGITS = 1
+    SECOND_CHOICE = 2
     EXPERTS = 3
 
 
@@ -86,7 +87,8 @@ class Noise:
 
     def uniform(self, stream: Stream, columns: int) -> Tensor:
         """``[..., columns]``, in the open interval (0, 1)."""
-        numbers = uniform(self.seed + int(stream) * _MIX1, self.row_ids, columns, self._dtype)
+        offset = (int(stream) * _MIX1 + 2**63) % 2**64 - 2**63  # wraps around, as int64 would
+        numbers = uniform(self.seed + offset, self.row_ids, columns, self._dtype)
         return numbers.view(*self._shape, columns)
 
     def gumbel(self, stream: Stream, columns: int) -> Tensor:
@@ -103,7 +105,8 @@ def _shift(x: Tensor, by: int) -> Tensor:
     return (x >> by) & (2 ** (64 - by) - 1)
 
 
-def _mix(x: Tensor) -> Tensor:
+def hashed(x: Tensor) -> Tensor:
+    """The finaliser of SplitMix64, a bijection of int64."""
     x = (x ^ _shift(x, 30)) * _MIX1
     x = (x ^ _shift(x, 27)) * _MIX2
     return x ^ _shift(x, 31)

@@ -1,13 +1,16 @@
 """The base of the auxiliary losses."""
 
 from collections.abc import Iterable
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
 from torch_routers import ops
 from torch_routers.registry import Configurable
 from torch_routers.routing import Routing
+
+if TYPE_CHECKING:
+    from torch_routers.routers import Router
 
 
 class RouterLoss(Configurable, nn.Module):
@@ -26,6 +29,9 @@ class RouterLoss(Configurable, nn.Module):
 
     def forward(self, routing: Routing) -> Tensor:
         raise NotImplementedError
+
+    def bind(self, router: "Router") -> None:
+        """A router says that it is going to evaluate this loss. One that has state may refuse."""
 
     def statistics(self, routing: Routing) -> ops.Statistics:
         """Those of the routing; an error where its router has none."""

@@ -1,7 +1,8 @@
 """Load balance over the global batch: the counts of all ranks and micro-batches of a step."""
 
 import copy
-from typing import Any
+import weakref
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -11,6 +12,12 @@ from torch_routers.delivery import in_backward
 from torch_routers.losses.balance import load_balance
 from torch_routers.losses.base import RouterLoss
 from torch_routers.routing import Routing
+
+if TYPE_CHECKING:
+    from torch_routers.routers import Router
+
+SCOPES = ("global_batch", "group")
+GRAD_REDUCTIONS = (None, "mean", "sum")
 
 
 class GlobalBalanceLoss(RouterLoss):
@@ -25,12 +32,18 @@ class GlobalBalanceLoss(RouterLoss):
     in the mean of the counts over the micro-batches just as in their sum.
 
     Call `reset` once per optimiser step; a hook does it:
-    ``optimizer.register_step_post_hook(lambda *_: loss.reset())``. Give each router a loss of its
+    ``optimizer.register_step_post_hook(lambda *_: loss.reset())``. Each router needs a loss of its
     own: it holds the counts of one.
 
-    Gradients that are averaged over W ranks (DDP, FSDP2) are those of the global batch where all
-    ranks have the same number of tokens. Otherwise multiply the loss of each rank by
-    :math:`T_\mathrm{rank} W / T_\mathrm{global}`.
+    The gradients of :math:`W` ranks make up that of one process with all their tokens, if it is
+    said how they are put together, also where ranks have different numbers of tokens, or none:
+
+    - ``grad_reduction="mean"``, for DDP and FSDP2: :math:`P_e = W / T_\mathrm{group} \sum_t p_{te}`
+      with the tokens of all ranks of the group;
+    - ``grad_reduction="sum"``, for tensor and sequence parallelism:
+      :math:`P_e = 1 / T_\mathrm{group} \sum_t p_{te}`;
+    - ``None``, the default: the loss of a rank is a mean over its own tokens, as the other losses
+      are. Multiply the whole objective by :math:`T_\mathrm{rank} W / T_\mathrm{group}`.
 
     A forward that recomputes a checkpoint counts nothing and communicates nothing in eager mode; it
     sees the counts as they are then. In a checkpoint inside a compiled model the first call has to
@@ -38,6 +51,12 @@ class GlobalBalanceLoss(RouterLoss):
 
     Args:
         weight: the factor in the objective.
+        scope: whose counts :math:`C` has: ``"global_batch"``, of all micro-batches since `reset`;
+            or ``"group"``, of this micro-batch on all ranks of the group.
+        grad_reduction: how gradients of ranks are put together, as above.
+
+    Raises:
+        ValueError: an argument that does not fit; when a router is built, a loss that another has.
 
     ``group``, an attribute, is the process group whose counts are summed: ``None``, the default, is
     torch's default group. Set it after construction; it is in no configuration, a copy shares it,
@@ -47,44 +66,80 @@ class GlobalBalanceLoss(RouterLoss):
 
     name = "global_balance"
 
-    def __init__(self, weight: float) -> None:
+    def __init__(
+        self,
+        weight: float,
+        scope: Literal["global_batch", "group"] = "global_batch",
+        grad_reduction: Literal["mean", "sum"] | None = None,
+    ) -> None:
         super().__init__(weight)
+        for name, value, choices in (
+            ("scope", scope, SCOPES),
+            ("grad_reduction", grad_reduction, GRAD_REDUCTIONS),
+        ):
+            if value not in choices:
+                raise ValueError(
+                    f"GlobalBalanceLoss: expected {name} in {list(choices)}, got {value!r}"
+                )
+        self.scope, self.grad_reduction = scope, grad_reduction
         self.group: dist.ProcessGroup | None = None
-        self._counts: Tensor | None = None
+        self._seen: Tensor | None = None  # the counts, and the tokens of the last call
+        self._owner: weakref.ref[Router] | None = None
+
+    def bind(self, router: "Router") -> None:
+        owner = None if self._owner is None else self._owner()
+        if owner is not None and owner is not router:
+            raise ValueError(
+                f"{type(router).__name__}: expected a GlobalBalanceLoss of its own, got one of "
+                f"another {type(owner).__name__}, whose counts would be mixed with its own. "
+                "Build one for each router"
+            )
+        self._owner = weakref.ref(router)
 
     def reset(self) -> None:
         """Forget the counts so far."""
-        if self._counts is not None:
-            self._counts.zero_()
+        if self._seen is not None:
+            self._seen.zero_()
 
     def forward(self, routing: Routing) -> Tensor:
         _, score_sums, counts, tokens = self.statistics(routing)
-        counts = counts.sum(0)
-        if dist.is_available() and dist.is_initialized() and not in_backward():
-            dist.all_reduce(counts, group=self.group)
-        if self._counts is None or self._counts.device != counts.device:
-            self._counts = torch.zeros_like(counts)
-        return load_balance(score_sums.sum(0), _count(self._counts, counts), tokens.sum())
+        score_sums, tokens, num_experts = score_sums.sum(0), tokens.sum(), counts.shape[-1]
+        here, ranks = torch.cat([counts.sum(0), tokens[None]]), 1
+        if dist.is_available() and dist.is_initialized():
+            ranks = dist.get_world_size(self.group)
+            if not in_backward():
+                dist.all_reduce(here, group=self.group)
+        if self._seen is None or self._seen.device != here.device:
+            self._seen = torch.zeros_like(here)
+        seen = _count(self._seen, here, num_experts if self.scope == "global_batch" else 0)
+        if self.grad_reduction is None:
+            return load_balance(score_sums, seen[:-1], tokens)
+        loss = load_balance(score_sums, seen[:-1], seen[-1])
+        return loss * ranks if self.grad_reduction == "mean" else loss
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "GlobalBalanceLoss":
         memo[id(self)] = copied = type(self).__new__(type(self))
         memo[id(self.group)] = self.group  # shared, as it cannot be copied
-        copied.__dict__ = copy.deepcopy(self.__dict__, memo)
+        copied.__dict__ = copy.deepcopy(self.__getstate__(), memo)
         return copied
 
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_owner": None}
 
-@torch.library.custom_op("torch_routers::_count", mutates_args=("total",))
-def _count(total: Tensor, counts: Tensor) -> Tensor:
-    """A copy of ``total`` after ``counts`` are added to it, once.
+
+@torch.library.custom_op("torch_routers::_count", mutates_args=("seen",))
+def _count(seen: Tensor, new: Tensor, added: int) -> Tensor:
+    """A copy of ``seen`` after ``new`` got in, once: ``added`` entries by addition, others instead.
 
     An operator of its own, because the question of recomputation must be asked when it runs: a
     compiled block inside an eager checkpoint has been traced long before.
     """
     if not in_backward():
-        total.add_(counts)
-    return total.clone()
+        seen[:added] += new[:added]
+        seen[added:] = new[added:]
+    return seen.clone()
 
 
 @_count.register_fake
-def _(total, counts):
-    return torch.empty_like(total)
+def _(seen, new, added):
+    return torch.empty_like(seen)

@@ -37,7 +37,8 @@ def limit_capacity(
       (GShard, arXiv 2006.16668).
     - ``"weight"``: the largest of ``weights`` first; ties: the earlier token, then the lower slot.
     - ``"priority"``: the tokens of the largest ``priority`` first, for instance of the largest
-      probability (V-MoE's batch prioritized routing, arXiv 2106.05974); ties as above.
+      probability; ties as above. With one slot this is V-MoE's batch prioritized routing (arXiv
+      2106.05974), which places all first choices before it looks at second ones.
     - ``"random"``: the smallest random number first. The number is a function of ``seed``, the row
       id of the token and the expert alone, whatever else is in the batch.
 

@@ -79,6 +79,8 @@ class Router(Configurable, nn.Module):
             raise ValueError(f"{self._name}: expected losses with distinct names, got {names}")
         self.num_experts = num_experts
         self.losses = nn.ModuleList(losses)
+        for loss in losses:
+            loss.bind(self)
         # Plain attributes, set here, and a list of lists: what torch.compile can guard and append
         # to, and what DDP does not broadcast.
         self._sinks: list[list[Routing]] = []

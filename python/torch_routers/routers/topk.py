@@ -56,6 +56,9 @@ class TopKRouter(Router):
             noise. Weights and losses come from the noisy logits.
         noise_scale: factor of ``noise``. Default: 1 for Gumbel noise, ``1 / num_experts`` for
             normal noise (V-MoE, arXiv 2106.05974).
+        second_policy: ``"all"``, or ``"random"``, for ``top_k=2``: in training the second choice of
+            a token is kept with probability ``min(1, 2 w_2 / scale)``, before any capacity, and the
+            weight of the first stays as it is (GShard, arXiv 2006.16668).
         capacity: keep at most so many slots per expert in each group of tokens. Default: no limit.
         capacity_factor: keep at most ``ceil(tokens * top_k / num_experts * capacity_factor)`` slots
             per expert in each group of tokens. Default: no limit, nothing is dropped.
@@ -66,7 +69,8 @@ class TopKRouter(Router):
         capacity_group: ``"sequence"``, each sample of ``[batch, sequence, hidden_size]`` input for
             itself; or ``"batch"``, all tokens together, as Megatron-LM and DeepSpeed have it, by
             which sequences influence each other. Input of two dimensions is one group.
-        renormalize_after_drop: divide the weights of what was kept by their sum anew (DeepSpeed).
+        renormalize_after_drop: divide the weights of what was kept by their sum anew (DeepSpeed),
+            with a capacity or a random second choice.
         cross_batch: ``"warn"`` (once per call of ``eval()``), ``"raise"`` or ``"allow"``, where a
             capacity lets sequences of a batch influence each other in eval mode.
         losses: auxiliary losses, such as ``LoadBalanceLoss(1e-2)``. They see the choice before
@@ -114,6 +118,7 @@ class TopKRouter(Router):
         jitter: float = 0.0,
         noise: str | None = None,
         noise_scale: float | None = None,
+        second_policy: str = "all",
         capacity: int | None = None,
         capacity_factor: float | None = None,
         min_capacity: int = 0,
@@ -127,6 +132,7 @@ class TopKRouter(Router):
         name = self._name
         check_choice(name, "score", score, ("softmax", "sigmoid", "sqrt_softplus"))
         check_choice(name, "noise", noise, (None, "gumbel", "normal"))
+        check_choice(name, "second_policy", second_policy, ("all", "random"))
         check_choice(name, "drop_policy", drop_policy, ("position", "weight", "priority", "random"))
         check_choice(name, "capacity_group", capacity_group, ("sequence", "batch"))
         check_choice(name, "cross_batch", cross_batch, ("warn", "raise", "allow"))
@@ -134,6 +140,8 @@ class TopKRouter(Router):
             raise ValueError(
                 f"{name}: expected top_k in [1, num_experts={num_experts}], got {top_k}"
             )
+        if second_policy == "random" and top_k != 2:
+            raise ValueError(f'{name}: expected top_k=2 with second_policy="random", got {top_k}')
         if not 0 <= jitter < 1:
             raise ValueError(f"{name}: expected jitter in [0, 1), got {jitter}")
         if top_k == 1 and renormalize:
@@ -148,6 +156,7 @@ class TopKRouter(Router):
         self.gate_bias, self.selection_bias = gate_bias, selection_bias
         self.num_groups, self.topk_group, self.group_score = num_groups, topk_group, group_score
         self.jitter, self.noise, self.noise_scale = jitter, noise, noise_scale
+        self.second_policy = second_policy
         self.capacity, self.capacity_factor = capacity, capacity_factor
         self.min_capacity = min_capacity
         self.drop_policy, self.capacity_group = drop_policy, capacity_group
@@ -173,7 +182,7 @@ class TopKRouter(Router):
                 causal=in_order,
                 drops_tokens=True,
             )
-        if jitter or noise is not None or drop_policy == "random":
+        if jitter or noise is not None or "random" in (drop_policy, second_policy):
             self.traits = self.traits._replace(random=True)
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
         self.bias = nn.Parameter(torch.empty(num_experts)) if gate_bias else None
@@ -258,6 +267,7 @@ class TopKRouter(Router):
         limited = capacity is not None or capacity_factor is not None
         if group_offsets is None and (self.wants_groups or limited):
             group_offsets = _samples(logits)
+        replayed = indices is not None
         options = {
             "score": self.score,
             "renormalize": self.renormalize,
@@ -267,7 +277,7 @@ class TopKRouter(Router):
             "group_offsets": group_offsets,
             "statistics": self.wants_statistics,
         }
-        if indices is None:
+        if not replayed:
             slots = top_k if isinstance(top_k, int) else self.top_k
             of_tokens = top_k if isinstance(top_k, Tensor) else None
             weights, indices, statistics = ops.topk_gate(
@@ -280,22 +290,29 @@ class TopKRouter(Router):
         counts = statistics.group_counts  # of one group, mostly: a view is cheaper than a sum
         counts = counts[0] if group_offsets is None else counts.sum(0)
         routing = Routing(weights, indices, logits, counts, statistics)
-        if not limited:
-            return routing
-        if self.capacity_group == "batch":
-            group_offsets = None
-        if group_offsets is None and not self.training and not torch.compiler.is_compiling():
-            self.mind_batch_dependency()
-        if capacity is None:
-            tokens = statistics.group_tokens
-            capacity = ops.expert_capacity(
-                tokens.sum(0, keepdim=True) if group_offsets is None else tokens,
-                indices.shape[-1],
-                self.num_experts,
-                capacity_factor,
-                min_capacity=self.min_capacity,
-            )
-        return self._drop(routing, capacity, group_offsets, noise)
+        if self.second_policy == "random" and noise is not None and not replayed:
+            routing = self._keep(routing, self._random_second(weights, noise))
+        if limited:
+            if self.capacity_group == "batch":
+                group_offsets = None
+            if group_offsets is None and not self.training and not torch.compiler.is_compiling():
+                self.mind_batch_dependency()
+            if capacity is None:
+                tokens = statistics.group_tokens
+                capacity = ops.expert_capacity(
+                    tokens.sum(0, keepdim=True) if group_offsets is None else tokens,
+                    indices.shape[-1],
+                    self.num_experts,
+                    capacity_factor,
+                    min_capacity=self.min_capacity,
+                )
+            kept = self._within_capacity(routing, capacity, group_offsets, noise)
+            routing = self._keep(routing, kept)
+        if self.renormalize_after_drop and (limited or self.second_policy == "random"):
+            total = routing.weights.sum(-1, keepdim=True)
+            total = self.scale / torch.where(total > 0, total, 1)
+            routing = routing._replace(weights=routing.weights * total)
+        return routing
 
     def _selection(self, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
         """How experts are chosen, for the operators."""
@@ -307,14 +324,32 @@ class TopKRouter(Router):
             "group_score": self.group_score,
         }
 
-    def _drop(
+    def _random_second(self, weights: Tensor, noise: Noise) -> Tensor:
+        """``[..., slots]`` bool: slot 0, and slot 1 as often as its weight says."""
+        if weights.shape[-1] > 2:
+            raise ValueError(
+                f'{self._name}: expected top_k <= 2 with second_policy="random", '
+                f"got {weights.shape[-1]}"
+            )
+        chance = 2 * weights.detach() / self.scale
+        first = torch.arange(weights.shape[-1], device=weights.device) == 0
+        return first | (noise.uniform(Stream.SECOND_CHOICE, 1) < chance)
+
+    @staticmethod
+    def _keep(routing: Routing, kept: Tensor) -> Routing:
+        return routing._replace(
+            weights=torch.where(kept, routing.weights, 0),
+            indices=torch.where(kept, routing.indices, -1),
+        )
+
+    def _within_capacity(
         self,
         routing: Routing,
         capacity: int | Tensor,
         group_offsets: Tensor | None,
         noise: Noise | None,
-    ) -> Routing:
-        """The routing without the slots that are over the capacity of their expert."""
+    ) -> Tensor:
+        """``[..., slots]`` bool: slots that are not over the capacity of their expert."""
         weights, indices, logits = routing.weights, routing.indices, routing.logits.detach()
         policy, options = self.drop_policy, {}
         if policy == "random" and noise is None:
@@ -332,12 +367,7 @@ class TopKRouter(Router):
         plan = ops.limit_capacity(
             plan, capacity, policy=policy, group_offsets=group_offsets, **options
         )
-        kept = (plan.inverse >= 0).view(indices.shape)
-        weights = torch.where(kept, weights, 0)
-        if self.renormalize_after_drop:
-            total = weights.sum(-1, keepdim=True)
-            weights = weights * (self.scale / torch.where(total > 0, total, 1))
-        return routing._replace(weights=weights, indices=torch.where(kept, indices, -1))
+        return (plan.inverse >= 0).view(indices.shape)
 
 
 def _samples(logits: Tensor) -> Tensor | None:
