@@ -107,6 +107,35 @@ def draw_recurrent() -> plt.Figure:
     return figure
 
 
+def draw_smear() -> plt.Figure:
+    """Weights of sequences; and two experts merged, against the mean of their results."""
+    torch.manual_seed(1)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 2.9), width_ratios=[1, 1.4])
+    router = tr.SMEARRouter(hidden_size=16, num_experts=4, expert_dropout=0)
+    with torch.no_grad():
+        router.weight_norm_weight.fill_(0.4)
+        weights = router(torch.randn(2, 9, 16)).merge.weights
+    for b, color in enumerate((BLUE, ORANGE)):
+        places = [e + 0.4 * b for e in range(4)]
+        left.bar(places, weights[b], 0.4, color=color, label=f"sequence {b + 1}")
+    left.set(title="weights $p$ of the experts", xlabel="expert")
+    left.set_xticks([e + 0.2 for e in range(4)], range(4))
+    left.legend(frameon=False, fontsize=8)
+
+    experts, x = tr.MLPExperts(2, 4, 8, activation="silu"), 2 * torch.randn(1, 4)
+    shares = torch.linspace(0, 1, 101)
+    p = torch.stack([1 - shares, shares], 1)
+    with torch.no_grad():
+        each = experts(x.expand(2, 4), torch.tensor([0, 1, 2]))[:, 0]
+        merge = tr.routing.Merge(p, torch.arange(102))
+        merged = tr.SoftMergedExperts(experts)(x.expand(101, 4), merge)[:, 0]
+    right.plot(shares, merged, color=BLUE, label="one expert of merged parameters")
+    right.plot(shares, p @ each, color=ORANGE, label="mean of the results of both")
+    right.set(title="a result, by the weight of the second expert", xlabel="$p_2$")
+    right.legend(frameon=False, fontsize=8)
+    return figure
+
+
 def _grid(axes: plt.Axes, rows: int, columns: int) -> None:
     axes.set(xlim=(0, columns), ylim=(rows, 0))
     axes.set_xticks([x + 0.5 for x in range(columns)], range(columns))
@@ -121,7 +150,7 @@ def _grid(axes: plt.Axes, rows: int, columns: int) -> None:
 def main() -> None:
     plt.rcParams.update({"font.size": 9, "axes.titlesize": 9.5, "svg.hashsalt": "torch-routers"})
     IMAGES.mkdir(exist_ok=True)
-    for draw in draw_topk, draw_hash, draw_recurrent:
+    for draw in draw_topk, draw_hash, draw_recurrent, draw_smear:
         figure = draw()
         for axes in figure.axes:
             axes.spines[["top", "right"]].set_visible(False)

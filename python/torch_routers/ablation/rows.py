@@ -55,6 +55,7 @@ def _routed(
     describes: str,
     router: Callable[[Settings, Tensor], tr.Router],
     source: str | None = None,
+    merged: bool = False,
 ) -> Row:
     def feed_forward(settings: Settings, token_counts: Tensor):
         def build(seed: int, layer: int) -> nn.Module:
@@ -66,7 +67,10 @@ def _routed(
                     intermediate_size=settings.expert_size,
                 )
             with seeded(seed, f"{layer}.router"):
-                return tr.MoE(router(settings, token_counts), experts)
+                return tr.MoE(
+                    router(settings, token_counts),
+                    tr.SoftMergedExperts(experts) if merged else experts,
+                )
 
         return build
 
@@ -117,6 +121,15 @@ def _recurrent(settings: Settings, token_counts: Tensor) -> tr.Router:
     )
 
 
+def _smear(settings: Settings, token_counts: Tensor) -> tr.Router:
+    return tr.SMEARRouter(
+        hidden_size=settings.hidden_size,
+        num_experts=settings.num_experts,
+        segment=max(1, settings.sequence // 4),
+        causal=True,
+    )
+
+
 def _noisy(settings: Settings, token_counts: Tensor) -> tr.Router:
     return tr.NoisyTopKRouter(
         hidden_size=settings.hidden_size,
@@ -138,6 +151,9 @@ ROWS = {
         _routed("top-1", "as softmax, one expert per token: half the active width", _top_1),
         _routed("capacity", "as softmax, at most 1.25 of a fair share per sequence", _capacity),
         _routed("recurrent", "a state from layer to layer, balance loss 1e-2", _recurrent),
+        _routed(
+            "smear", "experts merged by the segment before: half the width", _smear, merged=True
+        ),
         _routed("noisy", "noisy top-k, importance and load loss 0.1", _noisy),
     )
 }

@@ -1,6 +1,7 @@
 """Experts that are merged into one before they are run."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torch_routers.ops.soft_merge import soft_merge
@@ -47,8 +48,11 @@ class SoftMergedExperts(nn.Module):
 
     def forward(self, x: Tensor, merge: Merge) -> Tensor:
         """``[tokens, hidden_size]`` in segments to the same shape."""
+        weights, offsets = merge
+        if weights.shape[0] == 0:  # a bank has at least one expert: one that nobody sees
+            weights, offsets = F.pad(weights, (0, 0, 0, 1)), F.pad(offsets, (0, 1))
         merged = {
-            name: soft_merge(merge.weights, parameter)
+            name: soft_merge(weights, parameter)
             for name, parameter in self.experts.named_parameters()
         }
-        return torch.func.functional_call(self.experts, merged, (x, merge.offsets))
+        return torch.func.functional_call(self.experts, merged, (x, offsets))

@@ -114,12 +114,15 @@ class SMEARRouter(Router):
                 f"{self._name}: expected one sequence per sample, got group_offsets. Packed "
                 "sequences would share a mean"
             )
-        sequence = x.shape[-2] if x.dim() > 1 else 1
-        sequences = self.full_precision(x).reshape(-1, sequence, self.hidden_size)
+        sequences = self.full_precision(x)
+        if x.dim() < 3:
+            sequences = sequences.reshape(1, -1 if x.dim() == 1 else len(x), self.hidden_size)
+        sequences = sequences.flatten(0, -3)
+        sequence = sequences.shape[1]
         if valid_mask is None:
             valid = x.new_ones(sequences.shape[:2], dtype=torch.bool)
         else:
-            valid = valid_mask.reshape(-1, sequence)
+            valid = valid_mask.reshape(sequences.shape[:2])
         size = max(1, sequence) if self.segment is None else self.segment
         means = _means(sequences, valid, size)
         if self.segment is not None:  # of the segment before
