@@ -1,5 +1,6 @@
 """Operators: functions of tensors, each with every derivative and transform."""
 
+from torch_routers.ops.entropy_gate import EntropyGate, entropy_gate
 from torch_routers.ops.expert_plan import expert_plan, expert_plan_from_weights
 from torch_routers.ops.gate import Statistics, gate, topk_gate, topk_select
 from torch_routers.ops.grouped_linear import grouped_linear
@@ -11,10 +12,12 @@ from torch_routers.ops.soft_merge import soft_merge
 from torch_routers.ops.token_dispatch import combine_tokens, permute_tokens
 
 __all__ = [
+    "EntropyGate",
     "Plan",
     "RouterLosses",
     "Statistics",
     "combine_tokens",
+    "entropy_gate",
     "expert_capacity",
     "expert_plan",
     "expert_plan_from_weights",
