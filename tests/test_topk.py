@@ -99,10 +99,24 @@ def test_weights_are_renormalised_after_the_drop():
     assert ((total - 2).abs().lt(1e-5) | (total == 0)).all() and (total == 0).any()
 
 
-def test_losses_see_the_choice_before_the_drop():
-    options = {"losses": [tr.losses.LoadBalanceLoss(1.0)]}
-    free, limited = make(**options), make(**options, capacity_factor=0.5)
-    assert_close(limited(inputs(T)).aux_loss, free(inputs(T)).aux_loss)
+BLIND = [  # to drops
+    *(tr.losses.LoadBalanceLoss(1.0, c) for c in ("megatron", "switch", "gshard", "deepspeed")),
+    tr.losses.ImportanceLoss(1.0),
+    tr.losses.EntropyLoss(1.0),
+    tr.losses.ZLoss(1.0),
+]
+
+
+@pytest.mark.parametrize("loss", BLIND, ids=repr)
+@pytest.mark.parametrize(
+    "options", [{"capacity_factor": 0.3}, {"second_policy": "random"}, {"capacity": 0}], ids=str
+)
+def test_losses_see_the_choice_before_the_drop(loss, options):
+    free, limited = make(losses=[loss]), make(losses=[loss], **options)
+    routing, expected = limited(inputs(T)), free(inputs(T))
+    assert (routing.indices < 0).any() and expected.chosen is None
+    assert torch.equal(routing.choice(), expected.indices)
+    assert_close(routing.aux_loss, expected.aux_loss)
 
 
 def test_a_dropped_slot_has_no_gradient_and_its_token_no_output():

@@ -344,6 +344,7 @@ class TopKRouter(Router):
         return routing._replace(
             weights=torch.where(kept, routing.weights, 0),
             indices=torch.where(kept, routing.indices, -1),
+            chosen=routing.choice(),
         )
 
     def _within_capacity(
