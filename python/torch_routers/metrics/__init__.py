@@ -1,4 +1,5 @@
 """Metrics of routings. Tensors in, tensors out: nothing waits for the device until you read one.
+Only `segment_cache_hit_rate` does.
 
 Only sums and histograms over tokens are ever kept, never what a single token chose.
 """
