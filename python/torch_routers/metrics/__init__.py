@@ -1,5 +1,6 @@
 """Metrics of routings. Tensors in, tensors out: nothing waits for the device until you read one.
-Only `segment_cache_hit_rate` does.
+
+`segment_cache_hit_rate` is the exception: it goes over the tokens on the CPU.
 
 Only sums and histograms over tokens are ever kept, never what a single token chose.
 """
