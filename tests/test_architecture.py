@@ -55,7 +55,7 @@ LEVELS = [
     {"routing"},
     {"delivery", "losses", "metrics"},
     {"routers"},
-    {"layers", "lora", "env", "balancing", "presets"},
+    {"layers", "lora", "env", "balancing", "presets", "replication"},
     {"integrations", "ablation"},
 ]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}

@@ -460,6 +460,36 @@ def test_reduced_gradients_of_balance_are_those_of_one_process(ranks, scope, red
     ranks(reduced_on_ranks, len(tokens), scope=scope, reduction=reduction, tokens=tokens)
 
 
+def weigh_the_task_alone(wrap, delivery):
+    """The loss of the router brings its own factor, that of the task has it from here."""
+    rank, tokens = dist.get_rank(), UNEVEN
+    x = batch(0, sum(tokens))
+    single, model = Model(4), Model(4)
+    for router in single.routers():
+        router.losses = nn.ModuleList([tr.losses.LoadBalanceLoss(0.1)])
+    for router in model.routers():
+        loss = tr.losses.GlobalBalanceLoss(0.1, grad_reduction="mean")
+        router.losses = nn.ModuleList([loss])
+    with tr.collect(single) as routings:
+        y = single(x)
+    (y.square().mean() + routings.aux_loss()).backward()
+    forward = globals()[wrap](model)
+    attached = tr.attach(forward) if delivery == "attached" else None
+    with tr.collect(forward) as routings:
+        y = forward(x.split(tokens)[rank])
+    loss = y.square().mean() * (2 * len(y) / len(x))
+    loss = attached(loss) if attached else loss + routings.aux_loss()
+    loss.backward()
+    for p, q in zip(model.parameters(), single.parameters()):
+        assert (whole(p.grad) - q.grad).norm() <= 1e-12 * q.grad.norm()
+
+
+@pytest.mark.parametrize("delivery", ["collected", "attached"])
+@WRAPS
+def test_a_loss_with_its_own_factor_leaves_the_task_its(ranks, wrap, delivery):
+    ranks(weigh_the_task_alone, 2, wrap=wrap, delivery=delivery)
+
+
 def test_global_balance_of_two_ranks_with_different_numbers_of_tokens(ranks):
     """Gradients that are averaged over the ranks are those of one rank with all tokens."""
     ranks(global_balance_on_a_rank, 2)

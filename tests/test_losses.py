@@ -181,6 +181,34 @@ def test_importance_of_a_worked_example(unbiased, expected):
     assert_close(importance(LOGITS, unbiased).item(), expected, rtol=0, atol=5e-8)
 
 
+@pytest.mark.parametrize("unbiased, expected", [(False, 0.3200821), (True, 0.4801231)])
+def test_importance_of_weights_of_a_worked_example(unbiased, expected):
+    """Weights .731 and .269, .731 and .269, .881 and .119, .622 and .378 of the best two experts.
+
+    Their sums are 2.2343150, 1.3775407 and .3881443, around a mean of 4/3.
+    """
+    loss = tr.losses.ImportanceLoss(1.0, unbiased, of="weights")
+    assert_close(loss(routing(LOGITS)).item(), expected, rtol=0, atol=5e-8)
+
+
+def test_importance_of_weights_is_of_what_is_left_and_its_gradient_too():
+    weights = torch.tensor([[0.5, 0.25], [0.0, 0.5], [0.0, 0.0]], requires_grad=True)
+    indices = torch.tensor([[2, 0], [-1, 2], [-1, -1]])
+    sparse = tr.Routing(weights, indices, counts=torch.zeros(4, dtype=torch.int64))
+    dense = torch.tensor([[0.25, 0, 0.5, 0], [0, 0, 0.5, 0], [0, 0, 0, 0]])
+    loss = tr.losses.ImportanceLoss(1.0, of="weights")
+    value = loss(sparse)
+    assert_close(value, importance_of(torch.tensor([0.25, 0, 1.0, 0])))
+    assert_close(loss(sparse._replace(weights=dense, indices=None)), value)
+    gradient = torch.autograd.grad(value, weights)[0]
+    assert (gradient != 0).tolist() == [[True, True], [False, True], [False, False]]
+
+
+def test_importance_is_of_scores_or_weights():
+    with pytest.raises(ValueError, match=r"expected of in \['scores', 'weights'\], got 'x'"):
+        tr.losses.ImportanceLoss(1.0, of="x")
+
+
 CLEAN, NOISY = torch.tensor([[1, 0.2, -0.3, 0.5], [1.1, 0.6, -0.5, 0.4]], dtype=torch.float64)
 
 
@@ -360,6 +388,7 @@ EACH = [
     tr.losses.ZLoss(0.5),
     tr.losses.ImportanceLoss(0.5),
     tr.losses.ImportanceLoss(0.5, unbiased=True),
+    tr.losses.ImportanceLoss(0.5, of="weights"),
     tr.losses.EntropyLoss(0.5),
     tr.losses.LoadLoss(0.5),
     tr.losses.LoadLoss(0.5, unbiased=True),

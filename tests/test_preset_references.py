@@ -191,7 +191,13 @@ def test_vmoe_fills_experts_with_first_choices_first():
     compare(moe, tokens(3), vmoe, capacity=T, share_dropped=(0, 0))  # dropless by default
 
 
-def test_batch_priority_of_vmoe_for_one_expert_per_token():
-    options = {"top_k": 1, "drop_policy": "priority"}
+@pytest.mark.parametrize("top_k, capacity", [(1, 3), (2, 7), (3, 5)])
+def test_batch_priority_of_vmoe(top_k, capacity):
+    options = {"top_k": top_k, "drop_policy": "batch_priority"}
     moe = build("vmoe", tr.losses.ImportanceLoss(1.0), noise_scale=0.0, **options)
-    compare(moe, tokens(1), vmoe, call={"capacity": 3}, capacity=3, batch_priority=True)
+    call = {"capacity": capacity}
+    compare(moe, tokens(1), vmoe, call=call, capacity=capacity, batch_priority=True)
+    compare(moe.eval(), tokens(3), vmoe, call=call, capacity=capacity, batch_priority=True)
+    by_token = build("vmoe", tr.losses.ImportanceLoss(1.0), top_k=top_k, drop_policy="priority")
+    routings = [layer.eval().router(tokens(3), **call) for layer in (moe, by_token)]
+    assert torch.equal(*(routing.indices for routing in routings)) == (top_k == 1)

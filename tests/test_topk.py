@@ -35,6 +35,7 @@ def kept_by_loop(routing, capacity, policy):
         "position": lambda tj: (tj[1], tj[0]),
         "weight": lambda tj: (-float(routing.weights[tj]), *tj),
         "priority": lambda tj: (-float(routing.probs()[tj[0]].max()), *tj),
+        "batch_priority": lambda tj: (tj[1], -float(routing.probs()[tj[0]].max()), tj[0]),
     }[policy]
     return {tj for slots in of_expert.values() for tj in sorted(slots, key=key)[:capacity]}
 
@@ -42,7 +43,7 @@ def kept_by_loop(routing, capacity, policy):
 # ---- capacity ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("policy", ["position", "weight", "priority"])
+@pytest.mark.parametrize("policy", ["position", "weight", "priority", "batch_priority"])
 def test_a_capacity_keeps_those_that_the_policy_prefers(policy):
     router, x = make(drop_policy=policy), inputs(T)
     with torch.no_grad():
@@ -55,6 +56,15 @@ def test_a_capacity_keeps_those_that_the_policy_prefers(policy):
             assert limited.indices[t, j] == (free.indices[t, j] if is_kept else -1)
             assert limited.weights[t, j] == (free.weights[t, j] if is_kept else 0)
     assert torch.equal(limited.counts, free.counts)  # before dropping
+
+
+def test_batch_priority_compiles_and_breaks_ties_by_position():
+    router, x = make(drop_policy="batch_priority"), inputs(T)
+    compiled = torch.compile(router, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x, capacity=4).indices, router(x, capacity=4).indices)
+    alike = router(x[:1].expand(T, H), capacity=4)
+    assert ((alike.indices >= 0).all(-1) == (torch.arange(T) < 4)).all()
+    assert router(x[:0], capacity=4).indices.shape == (0, 2)
 
 
 def test_a_capacity_factor_is_of_the_valid_tokens_of_each_sequence():
@@ -99,10 +109,24 @@ def test_weights_are_renormalised_after_the_drop():
     assert ((total - 2).abs().lt(1e-5) | (total == 0)).all() and (total == 0).any()
 
 
-def test_losses_see_the_choice_before_the_drop():
-    options = {"losses": [tr.losses.LoadBalanceLoss(1.0)]}
-    free, limited = make(**options), make(**options, capacity_factor=0.5)
-    assert_close(limited(inputs(T)).aux_loss, free(inputs(T)).aux_loss)
+BLIND = [  # to drops
+    *(tr.losses.LoadBalanceLoss(1.0, c) for c in ("megatron", "switch", "gshard", "deepspeed")),
+    tr.losses.ImportanceLoss(1.0),
+    tr.losses.EntropyLoss(1.0),
+    tr.losses.ZLoss(1.0),
+]
+
+
+@pytest.mark.parametrize("loss", BLIND, ids=repr)
+@pytest.mark.parametrize(
+    "options", [{"capacity_factor": 0.3}, {"second_policy": "random"}, {"capacity": 0}], ids=str
+)
+def test_losses_see_the_choice_before_the_drop(loss, options):
+    free, limited = make(losses=[loss]), make(losses=[loss], **options)
+    routing, expected = limited(inputs(T)), free(inputs(T))
+    assert (routing.indices < 0).any() and expected.chosen is None
+    assert torch.equal(routing.choice(), expected.indices)
+    assert_close(routing.aux_loss, expected.aux_loss)
 
 
 def test_a_dropped_slot_has_no_gradient_and_its_token_no_output():

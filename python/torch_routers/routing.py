@@ -49,6 +49,13 @@ class Routing(NamedTuple):
     """Of routers that merge experts instead of choosing some."""
     load: Tensor | None = None
     """``[num_experts]`` tokens that each expert should get under the noise; differentiable."""
+    chosen: Tensor | None = None
+    """``[..., k]`` int64: ``indices`` before anything was dropped, which losses look at. None where
+    nothing could be."""
+
+    def choice(self) -> Tensor | None:
+        """``[..., k]``: the experts that were chosen, whether they had room or not."""
+        return self.indices if self.chosen is None else self.chosen
 
     @property
     def num_experts(self) -> int:

@@ -119,7 +119,7 @@ class LoadBalanceLoss(StatisticsLoss):
         _, score_sums, counts, tokens = self.statistics(routing)
         score_sums, counts, tokens = score_sums.sum(0), counts.sum(0), tokens.sum()
         if self.convention == "gshard":
-            counts = first_choices(routing.indices, counts.shape[0])
+            counts = first_choices(routing.choice(), counts.shape[0])
         loss = load_balance(score_sums, counts, tokens, convention="switch")
         return loss / routing.indices.shape[-1] if self.convention == "deepspeed" else loss
 

@@ -36,7 +36,7 @@ def entropy(logits: Tensor, valid_mask: Tensor | None = None) -> Tensor:
 
 
 class EntropyLoss(RouterLoss):
-    """`entropy` of one router, over the tokens that were given an expert.
+    """`entropy` of one router, over the tokens that chose an expert.
 
     Minimised, it makes each token certain of its experts; with a negative weight, the opposite. It
     does not see whether all tokens choose the same ones: add a balance loss.
@@ -53,4 +53,4 @@ class EntropyLoss(RouterLoss):
     def forward(self, routing: Routing) -> Tensor:
         if routing.logits is None:
             raise ValueError("EntropyLoss: expected a routing with logits, got none")
-        return entropy(routing.logits, (routing.indices >= 0).any(-1))
+        return entropy(routing.logits, (routing.choice() >= 0).any(-1))

@@ -1,9 +1,15 @@
 """Metrics of routings. Tensors in, tensors out: nothing waits for the device until you read one.
 
+`segment_cache_hit_rate` is the exception: it goes over the tokens on the CPU.
+
 Only sums and histograms over tokens are ever kept, never what a single token chose.
 """
 
 from torch_routers.metrics.agreement import Agreement, router_drift, routing_agreement
+from torch_routers.metrics.consistency import (
+    segment_cache_hit_rate,
+    segment_routing_performance,
+)
 from torch_routers.metrics.counts import (
     ACTIVE_SHARE,
     active_experts,
@@ -47,6 +53,8 @@ __all__ = [
     "read",
     "router_drift",
     "routing_agreement",
+    "segment_cache_hit_rate",
+    "segment_routing_performance",
     "selection_share",
     "summary",
     "top1_fraction",

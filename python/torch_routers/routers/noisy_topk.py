@@ -34,8 +34,8 @@ class NoisyTopKRouter(TopKRouter):
         top_k: experts per token, in ``[1, num_experts]``.
         min_noise: :math:`\sigma_0`, 1e-2 in the reference code.
         capacity_factor, drop_policy: as in `TopKRouter`.
-        losses: auxiliary losses; in the paper ``ImportanceLoss(0.1)`` and ``LoadLoss(0.1)``, the
-            importance of the weights there, of the softmax over all experts here.
+        losses: auxiliary losses; in the paper ``ImportanceLoss(0.1, of="weights")`` and
+            ``LoadLoss(0.1)``.
 
     ``weight`` and ``noise_weight`` are ``[num_experts, hidden_size]``. A call takes what that of a
     `TopKRouter` does.

@@ -12,6 +12,7 @@ from torch_routers import ops
 from torch_routers.losses import LoadLoss, RouterLoss, expected_load
 from torch_routers.noise import Noise, Stream
 from torch_routers.routers.base import Router, check_choice
+from torch_routers.routers.drop import DROP_POLICIES, within_capacity
 from torch_routers.routing import Routing
 
 
@@ -65,7 +66,8 @@ class TopKRouter(Router):
         min_capacity: the least that a capacity is.
         drop_policy: who is kept, as in `ops.limit_capacity`: ``"position"``, ``"weight"``,
             ``"priority"`` (of the token's largest score) or ``"random"`` (in training; by position
-            in eval mode).
+            in eval mode); or ``"batch_priority"``, first choices in the order of ``"priority"``,
+            then second ones, and so on (batch prioritized routing of V-MoE, arXiv 2106.05974).
         capacity_group: ``"sequence"``, each sample of ``[batch, sequence, hidden_size]`` input for
             itself; or ``"batch"``, all tokens together, as Megatron-LM and DeepSpeed have it, by
             which sequences influence each other. Input of two dimensions is one group.
@@ -133,7 +135,7 @@ class TopKRouter(Router):
         check_choice(name, "score", score, ("softmax", "sigmoid", "sqrt_softplus"))
         check_choice(name, "noise", noise, (None, "gumbel", "normal"))
         check_choice(name, "second_policy", second_policy, ("all", "random"))
-        check_choice(name, "drop_policy", drop_policy, ("position", "weight", "priority", "random"))
+        check_choice(name, "drop_policy", drop_policy, DROP_POLICIES)
         check_choice(name, "capacity_group", capacity_group, ("sequence", "batch"))
         check_choice(name, "cross_batch", cross_batch, ("warn", "raise", "allow"))
         if not 1 <= top_k <= num_experts:
@@ -306,7 +308,9 @@ class TopKRouter(Router):
                     capacity_factor,
                     min_capacity=self.min_capacity,
                 )
-            kept = self._within_capacity(routing, capacity, group_offsets, noise)
+            kept = within_capacity(
+                routing, capacity, self.drop_policy, self.score, group_offsets, noise
+            )
             routing = self._keep(routing, kept)
         if self.renormalize_after_drop and (limited or self.second_policy == "random"):
             total = routing.weights.sum(-1, keepdim=True)
@@ -340,34 +344,8 @@ class TopKRouter(Router):
         return routing._replace(
             weights=torch.where(kept, routing.weights, 0),
             indices=torch.where(kept, routing.indices, -1),
+            chosen=routing.choice(),
         )
-
-    def _within_capacity(
-        self,
-        routing: Routing,
-        capacity: int | Tensor,
-        group_offsets: Tensor | None,
-        noise: Noise | None,
-    ) -> Tensor:
-        """``[..., slots]`` bool: slots that are not over the capacity of their expert."""
-        weights, indices, logits = routing.weights, routing.indices, routing.logits.detach()
-        policy, options = self.drop_policy, {}
-        if policy == "random" and noise is None:
-            policy = "position"
-        if policy == "weight":
-            options["weights"] = weights.detach().reshape(-1, weights.shape[-1])
-        elif policy == "priority":
-            priority = logits.amax(-1)
-            if self.score == "softmax":  # the largest probability, without rounding it to 1
-                priority = priority - logits.logsumexp(-1)
-            options["priority"] = priority.reshape(-1)
-        elif policy == "random":
-            options |= {"seed": noise.seed, "row_ids": noise.row_ids}
-        plan = ops.expert_plan(indices, self.num_experts)
-        plan = ops.limit_capacity(
-            plan, capacity, policy=policy, group_offsets=group_offsets, **options
-        )
-        return (plan.inverse >= 0).view(indices.shape)
 
 
 def _samples(logits: Tensor) -> Tensor | None:
