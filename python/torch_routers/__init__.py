@@ -20,6 +20,7 @@ from torch_routers.presets import create_moe, list_presets
 from torch_routers.registry import create_router, from_config, list_routers
 from torch_routers.replication import assert_replicated
 from torch_routers.routers import (
+    EntropyRouter,
     HashRouter,
     NoisyTopKRouter,
     RecurrentCell,
@@ -29,6 +30,7 @@ from torch_routers.routers import (
     RouterTraits,
     SMEARRouter,
     TopKRouter,
+    TopPRouter,
     share_cell,
 )
 from torch_routers.routers.base import CrossBatchRoutingWarning
@@ -41,6 +43,7 @@ __all__ = [
     "BalanceController",
     "ClampedSwiGLUExperts",
     "CrossBatchRoutingWarning",
+    "EntropyRouter",
     "ExpertList",
     "HashRouter",
     "MLPExperts",
@@ -57,6 +60,7 @@ __all__ = [
     "SwiGLU",
     "SwiGLUExperts",
     "TopKRouter",
+    "TopPRouter",
     "ZeroRouterGradientWarning",
     "assert_replicated",
     "attach",

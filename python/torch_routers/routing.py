@@ -49,6 +49,9 @@ class Routing(NamedTuple):
     """Of routers that merge experts instead of choosing some."""
     load: Tensor | None = None
     """``[num_experts]`` tokens that each expert should get under the noise; differentiable."""
+    entropy: Tensor | None = None
+    """``[...]``: how undecided the router is, of routers that ask this; differentiable, 0 where
+    masked."""
     chosen: Tensor | None = None
     """``[..., k]`` int64: ``indices`` before anything was dropped, which losses look at. None where
     nothing could be."""

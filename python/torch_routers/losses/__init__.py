@@ -3,11 +3,12 @@
 from torch_routers.losses.balance import (
     LoadBalanceLoss,
     SequenceBalanceLoss,
+    SoftBalanceLoss,
     load_balance,
     transformers_load_balance,
 )
 from torch_routers.losses.base import RouterLoss, StatisticsLoss
-from torch_routers.losses.entropy import EntropyLoss, entropy
+from torch_routers.losses.entropy import EntropyLoss, RoutingEntropyLoss, entropy
 from torch_routers.losses.global_balance import GlobalBalanceLoss
 from torch_routers.losses.importance import ImportanceLoss, importance
 from torch_routers.losses.load import LoadLoss, expected_load
@@ -20,7 +21,9 @@ __all__ = [
     "LoadBalanceLoss",
     "LoadLoss",
     "RouterLoss",
+    "RoutingEntropyLoss",
     "SequenceBalanceLoss",
+    "SoftBalanceLoss",
     "StatisticsLoss",
     "ZLoss",
     "entropy",

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from torch_routers import ops
-from torch_routers.losses.base import StatisticsLoss, statistics_of
+from torch_routers.losses.base import RouterLoss, StatisticsLoss, statistics_of
 from torch_routers.routing import Routing
 
 TERMS = ("megatron", "switch")  # of ops.router_losses
@@ -161,6 +161,37 @@ class SequenceBalanceLoss(StatisticsLoss):
                 f"of {samples} samples. Its router must honour wants_groups"
             )
         return statistics
+
+
+class SoftBalanceLoss(RouterLoss):
+    r"""Balance of the weights instead of counts, differentiable in both factors (DynMoLE).
+
+    .. math::  L = E \sum_e t_e P_e, \qquad t_e = \frac{1}{T} \sum_t w_{te}, \qquad
+               P_e = \frac{1}{T} \sum_t p_{te}
+
+    For routers with a weight for every expert, :math:`w = p` of those kept and 0 of others. In
+    plain PyTorch.
+
+    Args:
+        weight: the factor in the objective; 1e-3 in arXiv 2504.00661.
+
+    Raises:
+        ValueError: a routing with slots, or without statistics.
+    """
+
+    name = "soft_balance"
+
+    def forward(self, routing: Routing) -> Tensor:
+        if routing.indices is not None:
+            raise ValueError(
+                "SoftBalanceLoss: expected a routing with a weight for every expert, got one with "
+                "slots. Use LoadBalanceLoss"
+            )
+        statistics = self.statistics(routing)
+        tokens = statistics.group_tokens.sum().clamp(min=1)
+        weights = routing.weights.reshape(-1, routing.num_experts).sum(0)
+        product = weights * statistics.score_sums.sum(0)
+        return routing.num_experts * product.sum() / tokens.square()
 
 
 def first_choices(indices: Tensor, num_experts: int) -> Tensor:

@@ -53,4 +53,32 @@ class EntropyLoss(RouterLoss):
     def forward(self, routing: Routing) -> Tensor:
         if routing.logits is None:
             raise ValueError("EntropyLoss: expected a routing with logits, got none")
-        return entropy(routing.logits, (routing.choice() >= 0).any(-1))
+        choice = routing.choice()
+        chosen = routing.weights != 0 if choice is None else choice >= 0
+        return entropy(routing.logits, chosen.any(-1))
+
+
+class RoutingEntropyLoss(RouterLoss):
+    r"""The mean of ``routing.entropy`` over the tokens that are not masked (DynMoLE).
+
+    .. math::  L = \frac{1}{T} \sum_t H_t
+
+    of whatever entropy the router computes, normalised to 1. Minimised, so that fewer tokens need
+    all experts.
+
+    Args:
+        weight: the factor in the objective; 1e-2 in arXiv 2504.00661.
+
+    Raises:
+        ValueError: a routing without entropy, as of routers that compute none.
+    """
+
+    name = "routing_entropy"
+
+    def forward(self, routing: Routing) -> Tensor:
+        if routing.entropy is None:
+            raise ValueError(
+                "RoutingEntropyLoss: expected a routing with entropy, got none. Use EntropyLoss"
+            )
+        tokens = self.statistics(routing).group_tokens.sum()
+        return routing.entropy.sum() / tokens.clamp(min=1)

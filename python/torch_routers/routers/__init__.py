@@ -1,6 +1,7 @@
 """Routers: modules that decide which expert sees which token."""
 
 from torch_routers.routers.base import Router, RouterTraits
+from torch_routers.routers.entropy import EntropyRouter, TopPRouter
 from torch_routers.routers.hash import HashRouter
 from torch_routers.routers.noisy_topk import NoisyTopKRouter
 from torch_routers.routers.recurrent import (
@@ -13,6 +14,7 @@ from torch_routers.routers.smear import SMEARRouter
 from torch_routers.routers.topk import TopKRouter
 
 __all__ = [
+    "EntropyRouter",
     "HashRouter",
     "NoisyTopKRouter",
     "RecurrentCell",
@@ -22,5 +24,6 @@ __all__ = [
     "RouterTraits",
     "SMEARRouter",
     "TopKRouter",
+    "TopPRouter",
     "share_cell",
 ]

@@ -89,7 +89,22 @@ class EntropyRouter(Router):
         logits = F.linear(x, self.weight.to(x.dtype))
         weights, entropy = self._gate(logits, valid_mask)
         counts = (weights != 0).reshape(-1, self.num_experts).sum(0)
-        return Routing(weights, logits=logits, counts=counts, entropy=entropy)
+        statistics = self._statistics(logits, counts, valid_mask) if self.wants_statistics else None
+        return Routing(weights, None, logits, counts, statistics, entropy=entropy)
+
+    def _statistics(
+        self, logits: Tensor, counts: Tensor, valid_mask: Tensor | None
+    ) -> ops.Statistics:
+        """In plain PyTorch, for one group of all tokens."""
+        valid = (logits != -torch.inf).any(-1)
+        if valid_mask is not None:
+            valid = valid & valid_mask
+        rows = valid.unsqueeze(-1)
+        safe = torch.where(rows, logits, 0)
+        lse = torch.where(valid, safe.logsumexp(-1), -torch.inf)
+        score_sums = torch.where(rows, safe.softmax(-1), 0).reshape(-1, self.num_experts).sum(0)
+        tokens = valid.sum() if valid_mask is None else valid_mask.sum()
+        return ops.Statistics(lse, score_sums[None], counts[None], tokens[None])
 
     def _gate(self, logits: Tensor, valid_mask: Tensor | None) -> ops.EntropyGate:
         return ops.entropy_gate(
