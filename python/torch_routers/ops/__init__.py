@@ -1,5 +1,6 @@
 """Operators: functions of tensors, each with every derivative and transform."""
 
+from torch_routers.ops.entmax import entmax
 from torch_routers.ops.expert_plan import expert_plan, expert_plan_from_weights
 from torch_routers.ops.gate import Statistics, gate, topk_gate, topk_select
 from torch_routers.ops.grouped_linear import grouped_linear
@@ -13,6 +14,7 @@ __all__ = [
     "RouterLosses",
     "Statistics",
     "combine_tokens",
+    "entmax",
     "expert_capacity",
     "expert_plan",
     "expert_plan_from_weights",
