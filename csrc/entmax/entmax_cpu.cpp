@@ -283,13 +283,20 @@ void gradient_block(const EntmaxBackward<C>& p, double alpha, int64_t block) {
     C* dx = p.grad_logits + t * p.experts;
     for (int64_t e = 0; e < p.experts; ++e) dx[e] = entmax_slope<kKind>(alpha, w[e]);
     const C sum = sum_row<C>(p.experts, [&](int64_t e) { return dx[e]; });
-    const C dot =
-        sum_row<C>(p.experts, [&](int64_t e) { return dx[e] == 0 ? C{0} : dx[e] * v[e]; });
+    // Loaded whether it is used or not: GCC 12 loses elements in the masked load for AVX2.
+    const C dot = sum_row<C>(p.experts, [&](int64_t e) {
+      const C product = dx[e] * v[e];
+      return dx[e] == 0 ? C{0} : product;
+    });
     const C mean = sum == 0 ? C{0} : dot / sum;
-    for (int64_t e = 0; e < p.experts; ++e) dx[e] = dx[e] == 0 ? C{0} : dx[e] * (v[e] - mean);
+    for (int64_t e = 0; e < p.experts; ++e) {
+      const C gradient = dx[e] * (v[e] - mean);
+      dx[e] = dx[e] == 0 ? C{0} : gradient;
+    }
     if (p.partial_alpha)
       of_alpha -= sum_row<double>(p.experts, [&](int64_t e) {
-        return w[e] == 0 ? 0 : entmax_alpha_shift(alpha, w[e]) * dx[e];
+        const double part = entmax_alpha_shift(alpha, w[e]) * dx[e];
+        return w[e] == 0 ? 0 : part;
       });
   }
   if (p.partial_alpha) p.partial_alpha[block] = of_alpha;

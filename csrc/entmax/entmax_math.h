@@ -41,8 +41,12 @@ template <EntmaxKind kKind, class C> struct EntmaxMethod {
   using W = EntmaxWork<kKind, C>;
   static constexpr bool kIterates = kKind != EntmaxKind::Softmax;
   static constexpr W kFirstTop = kIterates ? 1 : 0;
-  static constexpr W kClose = sizeof(C) == 4 ? 1e-10 : 1e-15;  // relative: General stops there
-  W factor, power;                                             // a, 1 / a
+  W factor, power;  // a, 1 / a
+
+  // General stops there, relatively. Beyond 2 weights have an infinite slope where they become 0.
+  TORCH_ROUTERS_HOST_DEVICE W close() const {
+    return sizeof(C) == 4 && factor < 1 ? W(1e-10) : W(1e-15);
+  }
 
   static TORCH_ROUTERS_HOST_DEVICE EntmaxMethod of(double alpha) {
     const double a = kIterates ? alpha - 1 : 1;
@@ -117,12 +121,12 @@ template <class C> struct EntmaxSearch {
     (excess >= 0 ? high : low) = largest;
     const double newton = largest - excess * largest / (sums.second * top);
     const double size = newton > largest ? newton - largest : largest - newton;
-    const bool is_there = size <= method.kClose * largest;
+    const bool is_there = size <= method.close() * largest;
     const bool is_between = low < newton && newton < high;
     // Without convexity a third of the steps halve what is left.
     const bool halves = !is_there && (!is_between || (method.factor > 1 && turn % 3 == 2));
     largest = halves ? (low + high) / 2 : newton;
-    is_active = !is_there && high - low > method.kClose * high && turn < kTurns;
+    is_active = !is_there && high - low > method.close() * high && turn < kTurns;
     const double raised = own_exp(method.factor * own_log(largest));
     top = raised > 0x1p-1000 ? raised : 0x1p-1000;  // the largest logit is always inside
   }
