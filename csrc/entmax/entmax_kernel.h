@@ -31,7 +31,9 @@ struct EntmaxShape {
   std::int64_t tokens, experts;
   static constexpr std::int64_t kBlock = 64;
 
-  constexpr std::int64_t blocks() const { return (tokens + kBlock - 1) / kBlock; }
+  TORCH_ROUTERS_HOST_DEVICE constexpr std::int64_t blocks() const {
+    return (tokens + kBlock - 1) / kBlock;
+  }
 };
 
 template <class C> struct EntmaxAlpha {

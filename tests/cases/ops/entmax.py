@@ -164,7 +164,7 @@ def overloads(sample):
 
 
 def tolerance(sample):
-    """Beyond 2 a weight's slope is infinite where it becomes 0: rounding shows in the small ones."""
+    """Beyond 2 the slope of a weight is infinite where it becomes 0: rounding shows there."""
     logits, alpha = sample.args
     return 16 + logits.shape[-1] / 4 if float(alpha) <= 2 else 500
 
