@@ -93,7 +93,7 @@ template <class Params> __device__ int64_t past_block(const Params& p) {
 // ---- kernels -----------------------------------------------------------------------------------
 
 template <EntmaxKind kKind, class S>
-__global__ void __launch_bounds__(kThreads) forward(Entmax<S> p) {
+__global__ void __launch_bounds__(kThreads, 1) forward(Entmax<S> p) {
   using C = Compute<S>;
   const double alpha = p.alpha.value();
   const int64_t first = int64_t{blockIdx.x} * p.kBlock, past = past_block(p);

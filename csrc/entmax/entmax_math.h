@@ -43,7 +43,7 @@ template <EntmaxKind kKind, class C> struct EntmaxMethod {
   static constexpr W kFirstTop = kIterates ? 1 : 0;
   W factor, power;  // a, 1 / a
 
-  // General stops there, relatively. Beyond 2 weights have an infinite slope where they become 0.
+  // General stops there, relatively.
   TORCH_ROUTERS_HOST_DEVICE W close() const {
     return sizeof(C) == 4 && factor < 1 ? W(1e-10) : W(1e-15);
   }
@@ -121,10 +121,13 @@ template <class C> struct EntmaxSearch {
     (excess >= 0 ? high : low) = largest;
     const double newton = largest - excess * largest / (sums.second * top);
     const double size = newton > largest ? newton - largest : largest - newton;
-    const bool is_there = size <= method.close() * largest;
+    // Without convexity a short step does not mean that the root is near: slopes may be endless.
+    const bool is_convex = method.factor < 1;
+    const bool is_there = is_convex ? size <= method.close() * largest
+                                    : (excess < 0 ? -excess : excess) <= 4 * method.close();
     const bool is_between = low < newton && newton < high;
-    // Without convexity a third of the steps halve what is left.
-    const bool halves = !is_there && (!is_between || (method.factor > 1 && turn % 3 == 2));
+    // ... and a third of the steps halve what is left.
+    const bool halves = !is_there && (!is_between || (!is_convex && turn % 3 == 2));
     largest = halves ? (low + high) / 2 : newton;
     is_active = !is_there && high - low > method.close() * high && turn < kTurns;
     const double raised = own_exp(method.factor * own_log(largest));
