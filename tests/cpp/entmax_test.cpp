@@ -56,7 +56,7 @@ TEST_P(EntmaxKernel, WorkedExamples) {
 // that are active, and no smaller for the others.
 TEST_P(EntmaxKernel, SolvesTheProblem) {
   for (const double alpha : kAlphas)
-    for (const int64_t experts : {1, 2, 3, 7, 8, 15, 16, 17, 33, 64, 70, 256, 257, 300})
+    for (const int64_t experts : {1, 2, 3, 8, 17, 33, 70, 256, 257})
       for (const double size : {0.01, 1.0, 5.0}) {
         if (alpha < 1.001 || alpha > 3) continue;  // 10: d = 1e-17 is a weight of 0.01
         const auto q = EntmaxProblem<double>::random(19, experts, alpha, size);
@@ -168,8 +168,8 @@ TEST_P(EntmaxKernel, AlphaThatIsNone) {
 TEST_P(EntmaxKernel, TheSameBitsInEveryRangeAndOnEveryInstructionSet) {
   const auto check = [&]<class S>(S) {
     for (const double alpha : kAlphas)
-      for (const int64_t experts : {1, 5, 16, 31, 32, 33, 47, 70, 256, 257, 300}) {
-        auto q = EntmaxProblem<S>::random(150, experts, alpha, 2);
+      for (const int64_t experts : {1, 5, 31, 33, 70, 257}) {
+        auto q = EntmaxProblem<S>::random(70, experts, alpha, 2);
         q.is_learned = experts % 2;
         const auto expected = run_on(Isa::Default, q);
         EXPECT_EQ(run(q), expected) << alpha << " " << experts;
