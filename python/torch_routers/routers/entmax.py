@@ -15,15 +15,15 @@ from torch_routers.routing import Routing
 
 
 class EntmaxRouter(Router):
-    r"""Weigh experts by the :math:`\alpha`-entmax of the logits, which leaves most of them at zero.
+    r"""Weigh experts by the entmax of their logits, which leaves many of them at exactly zero.
 
     .. math::  z = W x + b, \qquad w = \alpha\text{-entmax}(z) =
                \big[(\alpha - 1) z - \tau\big]_+^{1 / (\alpha - 1)}
 
     with :math:`\tau` such that the weights sum to one (arXiv 1905.05702). No number of experts is
     set: a token whose logits are close has many, one with a clear favourite has one. Unlike with
-    top-k nothing is cut off: weights fall to zero continuously, and are exact gradients' business.
-    The larger ``alpha``, the fewer experts; logits that grow have the same effect.
+    top-k nothing is cut off: weights fall to zero continuously, and the gradient is that of all of
+    them. The larger ``alpha``, the fewer experts; logits that grow have the same effect.
 
     The Tsallis entropy, which entmax maximises, makes *scores* here. In DynMoLE the entropy of a
     softmax is a *criterion*, by which it decides how many experts a token gets.
