@@ -20,6 +20,7 @@ from torch_routers.presets import create_moe, list_presets
 from torch_routers.registry import create_router, from_config, list_routers
 from torch_routers.replication import assert_replicated
 from torch_routers.routers import (
+    EntmaxRouter,
     EntropyRouter,
     HashRouter,
     NoisyTopKRouter,
@@ -43,6 +44,7 @@ __all__ = [
     "BalanceController",
     "ClampedSwiGLUExperts",
     "CrossBatchRoutingWarning",
+    "EntmaxRouter",
     "EntropyRouter",
     "ExpertList",
     "HashRouter",

@@ -1,5 +1,6 @@
 """Operators: functions of tensors, each with every derivative and transform."""
 
+from torch_routers.ops.entmax import entmax
 from torch_routers.ops.entropy_gate import EntropyGate, entropy_gate
 from torch_routers.ops.expert_plan import expert_plan, expert_plan_from_weights
 from torch_routers.ops.gate import Statistics, gate, topk_gate, topk_select
@@ -17,6 +18,7 @@ __all__ = [
     "RouterLosses",
     "Statistics",
     "combine_tokens",
+    "entmax",
     "entropy_gate",
     "expert_capacity",
     "expert_plan",

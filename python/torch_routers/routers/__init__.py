@@ -1,6 +1,7 @@
 """Routers: modules that decide which expert sees which token."""
 
 from torch_routers.routers.base import Router, RouterTraits
+from torch_routers.routers.entmax import EntmaxRouter
 from torch_routers.routers.entropy import EntropyRouter, TopPRouter
 from torch_routers.routers.hash import HashRouter
 from torch_routers.routers.noisy_topk import NoisyTopKRouter
@@ -14,6 +15,7 @@ from torch_routers.routers.smear import SMEARRouter
 from torch_routers.routers.topk import TopKRouter
 
 __all__ = [
+    "EntmaxRouter",
     "EntropyRouter",
     "HashRouter",
     "NoisyTopKRouter",

@@ -1,0 +1,348 @@
+// kLanes tokens at a time where experts are few, an expert's numbers of all of them side by side;
+// else row by row. Which one it is depends on the number of experts alone, and the numbers of a token
+// never on its neighbours: a lane that is done stands still.
+#include "common/row.h"
+#include "common/vector.h"
+#include "entmax/entmax_kernel.h"
+#include "entmax/entmax_math.h"
+
+namespace torch_routers::TORCH_ROUTERS_ISA {
+namespace {
+
+using std::int64_t;
+constexpr int64_t kTileExperts = 256;
+
+template <class T> using Lanes = T[kLanes];
+
+// f(l) for the lanes; the loop that becomes vectors.
+template <class F> void each_lane(const F& f) {
+  for (int l = 0; l < kLanes; ++l) f(l);
+}
+
+template <class S> bool is_masked(const Entmax<S>& p, int64_t token) {
+  return p.valid && !p.valid[token];
+}
+
+// body.operator()<kKind>() for an alpha that is one.
+template <class Body> void with_kind(EntmaxKind kind, const Body& body) {
+  switch (kind) {
+    case EntmaxKind::Softmax: return body.template operator()<EntmaxKind::Softmax>();
+    case EntmaxKind::Root: return body.template operator()<EntmaxKind::Root>();
+    case EntmaxKind::Simplex: return body.template operator()<EntmaxKind::Simplex>();
+    case EntmaxKind::General: return body.template operator()<EntmaxKind::General>();
+    case EntmaxKind::Invalid: return;
+  }
+}
+
+// What the weights of a row whose largest logit is `max` are multiplied by, their sum being `sum`.
+template <class W> W scale_of(W sum, bool is_number) {
+  return !is_number ? W(__builtin_nan("")) : sum == 0 ? W{0} : 1 / sum;
+}
+
+// ---- tiles -------------------------------------------------------------------------------------
+
+// A lane without a token, or with a masked one, has logits 0.
+template <class W> struct Tile {
+  alignas(64) Lanes<W> u[kTileExperts];  // then weights
+  alignas(64) Lanes<W> top, scale;
+  alignas(64) Lanes<W> is_active, is_number;  // 0 or 1
+  bool is_live[kLanes];
+};
+
+template <class W, class S>
+void load_tile(const Entmax<S>& p, int64_t first, int64_t count, Tile<W>& tile) {
+  const S* rows = p.logits + first * p.experts;
+  bool all_live = count == kLanes;
+  for (int64_t l = 0; l < kLanes; ++l) {
+    tile.is_live[l] = l < count && !is_masked(p, first + l);
+    all_live &= tile.is_live[l];
+  }
+  int64_t done = 0;
+  if constexpr (sizeof(S) == 4 && sizeof(W) == 4) {
+    if (all_live)
+      for (int l = 0; l < kLanes; l += 4)
+        for (done = 0; done + 4 <= p.experts; done += 4)
+          transpose_4x4(rows + l * p.experts + done, p.experts, &tile.u[done][l], kLanes);
+  }
+  for (int64_t l = 0; done < p.experts && l < kLanes; ++l)
+    for (int64_t e = done; e < p.experts; ++e)
+      tile.u[e][l] = tile.is_live[l] ? static_cast<W>(load(rows[l * p.experts + e])) : W{0};
+}
+
+// From logits to u, for the first top.
+template <EntmaxKind kKind, class C, class W>
+void scale_tile(const EntmaxMethod<kKind, C>& method, int64_t experts, Tile<W>& tile) {
+  alignas(64) Lanes<W> max;
+  each_lane([&](int l) { max[l] = kLowestLogit<W>, tile.is_number[l] = 1; });
+  for (int64_t e = 0; e < experts; ++e)
+    each_lane([&](int l) {
+      const W x = tile.u[e][l];
+      max[l] = x > max[l] ? x : max[l];
+      tile.is_number[l] = x < -kLowestLogit<W> ? tile.is_number[l] : W{0};
+    });
+  each_lane([&](int l) {
+    const bool has_experts = max[l] != kLowestLogit<W>;
+    tile.is_active[l] = tile.is_live[l] && has_experts ? tile.is_number[l] : W{0};
+    tile.top[l] = method.kFirstTop;
+    max[l] = has_experts ? max[l] : W{0};
+  });
+  for (int64_t e = 0; e < experts; ++e)
+    each_lane([&](int l) { tile.u[e][l] = (tile.u[e][l] - max[l]) * method.factor; });
+}
+
+// The sums of all lanes, in four parts.
+template <EntmaxKind kKind, class C, class W>
+void sum_tile(const EntmaxMethod<kKind, C>& method, int64_t experts, const Tile<W>& tile,
+              Lanes<W>& count, Lanes<W>& first, Lanes<W>& second) {
+  alignas(64) Lanes<W> counts[4] = {}, firsts[4] = {}, seconds[4] = {};
+  for (int64_t e = 0; e < experts; ++e)
+    each_lane([&](int l) {
+      const auto term = entmax_term(method, tile.top[l] + tile.u[e][l]);
+      counts[e % 4][l] += term.count;
+      firsts[e % 4][l] += term.first;
+      seconds[e % 4][l] += term.second;
+    });
+  each_lane([&](int l) {
+    count[l] = (counts[0][l] + counts[1][l]) + (counts[2][l] + counts[3][l]);
+    first[l] = (firsts[0][l] + firsts[1][l]) + (firsts[2][l] + firsts[3][l]);
+    second[l] = (seconds[0][l] + seconds[1][l]) + (seconds[2][l] + seconds[3][l]);
+  });
+}
+
+template <class W> bool any_active(const Tile<W>& tile) {
+  W active = 0;
+  for (int l = 0; l < kLanes; ++l) active += tile.is_active[l];
+  return active != 0;
+}
+
+template <EntmaxKind kKind, class C, class W>
+void solve_tile(const EntmaxMethod<kKind, C>& method, int64_t experts, Tile<W>& tile) {
+  alignas(64) Lanes<W> count, first, second;
+  if constexpr (kKind == EntmaxKind::General) {
+    EntmaxSearch<C> search[kLanes];
+    for (int l = 0; l < kLanes; ++l)
+      search[l] = EntmaxSearch<C>::start(experts, tile.is_active[l] != 0);
+    for (int turn = 0; any_active(tile); ++turn) {
+      sum_tile(method, experts, tile, count, first, second);
+      for (int l = 0; l < kLanes; ++l) {
+        if (!search[l].is_active) continue;
+        search[l].advance(method, {count[l], first[l], second[l]}, turn);
+        tile.top[l] = search[l].top;
+        tile.is_active[l] = search[l].is_active;
+      }
+    }
+  } else if constexpr (method.kIterates) {
+    while (any_active(tile)) {
+      sum_tile(method, experts, tile, count, first, second);
+      each_lane([&](int l) {
+        const EntmaxSums<W> sums{count[l], first[l], second[l]};
+        const auto step = entmax_step<kKind>(tile.top[l], sums);
+        const bool is_active = tile.is_active[l] != 0;
+        tile.top[l] = is_active ? tile.top[l] - step.size : tile.top[l];
+        tile.is_active[l] = is_active && !step.is_last ? W{1} : W{0};
+      });
+    }
+  }
+}
+
+template <EntmaxKind kKind, class C, class W>
+void weigh_tile(const EntmaxMethod<kKind, C>& method, int64_t experts, Tile<W>& tile) {
+  alignas(64) Lanes<W> parts[4] = {};
+  for (int64_t e = 0; e < experts; ++e)
+    each_lane([&](int l) {
+      tile.u[e][l] = method.weight(tile.top[l] + tile.u[e][l]);
+      parts[e % 4][l] += tile.u[e][l];
+    });
+  each_lane([&](int l) {
+    const W sum = (parts[0][l] + parts[1][l]) + (parts[2][l] + parts[3][l]);
+    tile.scale[l] = tile.is_live[l] ? scale_of(sum, tile.is_number[l] != 0) : W{0};
+  });
+  for (int64_t e = 0; e < experts; ++e) each_lane([&](int l) { tile.u[e][l] *= tile.scale[l]; });
+}
+
+template <class C, class W>
+void store_tile(int64_t experts, int64_t count, const Tile<W>& tile, C* rows) {
+  int64_t done = 0;
+  if constexpr (sizeof(C) == 4 && sizeof(W) == 4) {
+    if (count == kLanes)
+      for (int l = 0; l < kLanes; l += 4)
+        for (done = 0; done + 4 <= experts; done += 4)
+          transpose_4x4(&tile.u[done][l], kLanes, rows + l * experts + done, experts);
+  }
+  for (int64_t l = 0; l < count; ++l)
+    for (int64_t e = done; e < experts; ++e) rows[l * experts + e] = static_cast<C>(tile.u[e][l]);
+}
+
+template <EntmaxKind kKind, class S>
+void entmax_tile(const Entmax<S>& p, const EntmaxMethod<kKind, Compute<S>>& method, int64_t first,
+                 int64_t count, int64_t* counts) {
+  using C = Compute<S>;
+  using W = EntmaxWork<kKind, C>;
+  Tile<W> tile;
+  load_tile(p, first, count, tile);
+  scale_tile(method, p.experts, tile);
+  solve_tile(method, p.experts, tile);
+  weigh_tile(method, p.experts, tile);
+  store_tile(p.experts, count, tile, p.weights + first * p.experts);
+  for (int64_t e = 0; e < p.experts; ++e) {
+    int active = 0;
+    each_lane([&](int l) { active += static_cast<C>(tile.u[e][l]) != 0; });
+    counts[e] += active;
+  }
+}
+
+// ---- rows --------------------------------------------------------------------------------------
+
+// The sums of one row of u, in the order of `sum_row`.
+template <EntmaxKind kKind, class C, class W>
+EntmaxSums<W> sums_of_row(const EntmaxMethod<kKind, C>& method, int64_t experts, W top, const C* x,
+                          W max) {
+  return reduce_row(
+      experts, EntmaxSums<W>{},
+      [](const EntmaxSums<W>& a, const EntmaxSums<W>& b) { return a + b; },
+      [&](int64_t e) { return entmax_term(method, top + (x[e] - max) * method.factor); });
+}
+
+// Logits in x become weights; those of a row that is not masked.
+template <EntmaxKind kKind, class C>
+void entmax_row(const EntmaxMethod<kKind, C>& method, int64_t experts, C* x) {
+  using W = EntmaxWork<kKind, C>;
+  const C max = max_row(experts, kLowestLogit<C>, [&](int64_t e) { return x[e]; });
+  const C strange =
+      sum_row<C>(experts, [&](int64_t e) { return x[e] < -kLowestLogit<C> ? C{0} : C{1}; });
+  const bool is_number = strange == 0;
+  const bool has_experts = max != kLowestLogit<C>;
+  const W origin = has_experts ? max : C{0};
+  W top = method.kFirstTop;
+  if constexpr (kKind == EntmaxKind::General) {
+    auto search = EntmaxSearch<C>::start(experts, has_experts && is_number);
+    for (int turn = 0; search.is_active; ++turn)
+      search.advance(method, sums_of_row(method, experts, search.top, x, origin), turn);
+    top = search.top;
+  } else if constexpr (method.kIterates) {
+    for (bool is_active = has_experts && is_number; is_active;) {
+      const auto step = entmax_step<kKind>(top, sums_of_row(method, experts, top, x, origin));
+      top -= step.size;
+      is_active = !step.is_last;
+    }
+  }
+  const auto weight = [&](int64_t e) {
+    return method.weight(top + (x[e] - origin) * method.factor);
+  };
+  const W scale = scale_of(sum_row<W>(experts, weight), is_number);
+  for (int64_t e = 0; e < experts; ++e) x[e] = static_cast<C>(weight(e) * scale);
+}
+
+// ---- blocks ------------------------------------------------------------------------------------
+
+template <class Params> int64_t past_block(const Params& p, int64_t block) {
+  const int64_t past = (block + 1) * p.kBlock;
+  return past < p.tokens ? past : p.tokens;
+}
+
+template <EntmaxKind kKind, class S>
+void entmax_block(const Entmax<S>& p, double alpha, int64_t block) {
+  using C = Compute<S>;
+  const auto method = EntmaxMethod<kKind, C>::of(alpha);
+  const int64_t first = block * p.kBlock, past = past_block(p, block);
+  int64_t* counts = p.partial_counts + block * p.experts;
+  for (int64_t e = 0; e < p.experts; ++e) counts[e] = 0;
+  if (p.experts <= kTileExperts) {
+    for (int64_t t = first; t < past; t += kLanes)
+      entmax_tile(p, method, t, past - t < kLanes ? past - t : kLanes, counts);
+    return;
+  }
+  for (int64_t t = first; t < past; ++t) {
+    C* weights = p.weights + t * p.experts;
+    const bool masked = is_masked(p, t);
+    for (int64_t e = 0; e < p.experts; ++e)
+      weights[e] = masked ? C{0} : load(p.logits[t * p.experts + e]);
+    if (masked) continue;
+    entmax_row(method, p.experts, weights);
+    for (int64_t e = 0; e < p.experts; ++e) counts[e] += weights[e] != 0;
+  }
+}
+
+template <class S> void invalid_block(const Entmax<S>& p, int64_t block) {
+  int64_t* counts = p.partial_counts + block * p.experts;
+  for (int64_t e = 0; e < p.experts; ++e) counts[e] = 0;
+  for (int64_t t = block * p.kBlock; t < past_block(p, block); ++t)
+    for (int64_t e = 0; e < p.experts; ++e) {
+      p.weights[t * p.experts + e] =
+          is_masked(p, t) ? Compute<S>{0} : Compute<S>(__builtin_nan(""));
+      counts[e] += !is_masked(p, t);
+    }
+}
+
+template <EntmaxKind kKind, class C>
+void gradient_block(const EntmaxBackward<C>& p, double alpha, int64_t block) {
+  double of_alpha = 0;
+  for (int64_t t = block * p.kBlock; t < past_block(p, block); ++t) {
+    const C* w = p.weights + t * p.experts;
+    const C* v = p.grad_weights + t * p.experts;
+    C* dx = p.grad_logits + t * p.experts;
+    for (int64_t e = 0; e < p.experts; ++e) dx[e] = entmax_slope<kKind>(alpha, w[e]);
+    const C sum = sum_row<C>(p.experts, [&](int64_t e) { return dx[e]; });
+    // Loaded whether it is used or not: GCC 12 loses elements in the masked load for AVX2.
+    const C dot = sum_row<C>(p.experts, [&](int64_t e) {
+      const C product = dx[e] * v[e];
+      return dx[e] == 0 ? C{0} : product;
+    });
+    const C mean = sum == 0 ? C{0} : dot / sum;
+    for (int64_t e = 0; e < p.experts; ++e) {
+      const C gradient = dx[e] * (v[e] - mean);
+      dx[e] = dx[e] == 0 ? C{0} : gradient;
+    }
+    if (p.partial_alpha)
+      of_alpha -= sum_row<double>(p.experts, [&](int64_t e) {
+        const double part = entmax_alpha_shift(alpha, w[e]) * dx[e];
+        return w[e] == 0 ? 0 : part;
+      });
+  }
+  if (p.partial_alpha) p.partial_alpha[block] = of_alpha;
+}
+
+}  // namespace
+
+template <class S> void entmax(const Entmax<S>& p, int64_t begin, int64_t end) {
+  const double alpha = p.alpha.value();
+  const EntmaxKind kind = entmax_kind(alpha);
+  for (int64_t block = begin; block < end; ++block) {
+    if (kind == EntmaxKind::Invalid) invalid_block(p, block);
+    with_kind(kind, [&]<EntmaxKind kKind>() { entmax_block<kKind>(p, alpha, block); });
+  }
+}
+
+void entmax(const EntmaxCounts& p, int64_t begin, int64_t end) {
+  for (int64_t e = begin; e < end; ++e) {
+    p.counts[e] = 0;
+    for (int64_t block = 0; block < p.blocks(); ++block)
+      p.counts[e] += p.partial_counts[block * p.experts + e];
+  }
+}
+
+template <class C> void entmax(const EntmaxBackward<C>& p, int64_t begin, int64_t end) {
+  const double alpha = p.alpha.value();
+  const EntmaxKind kind = entmax_kind(alpha);
+  for (int64_t block = begin; block < end; ++block)
+    with_kind(kind == EntmaxKind::Invalid ? EntmaxKind::General : kind,
+              [&]<EntmaxKind kKind>() { gradient_block<kKind>(p, alpha, block); });
+}
+
+template <class C> void entmax(const EntmaxAlphaSum<C>& p, int64_t, int64_t) {
+  *p.grad_alpha = static_cast<C>(
+      sum_row<double>(p.blocks(), [&](int64_t block) { return p.partial_alpha[block]; }));
+}
+
+#define TORCH_ROUTERS_INSTANTIATE(S) template void entmax(const Entmax<S>&, int64_t, int64_t);
+TORCH_ROUTERS_INSTANTIATE(float)
+TORCH_ROUTERS_INSTANTIATE(double)
+TORCH_ROUTERS_INSTANTIATE(BFloat16)
+TORCH_ROUTERS_INSTANTIATE(Float16)
+#define TORCH_ROUTERS_INSTANTIATE_COMPUTE(C)                        \
+  template void entmax(const EntmaxBackward<C>&, int64_t, int64_t); \
+  template void entmax(const EntmaxAlphaSum<C>&, int64_t, int64_t);
+TORCH_ROUTERS_INSTANTIATE_COMPUTE(float)
+TORCH_ROUTERS_INSTANTIATE_COMPUTE(double)
+
+}  // namespace torch_routers::TORCH_ROUTERS_ISA
