@@ -37,7 +37,7 @@ void expect_close(const char* what, const std::vector<C>& actual, const std::vec
 template <class S> void expect_cuda_equals_cpu(const EntmaxProblem<S>& q) {
   SCOPED_TRACE(testing::Message() << q.alpha << (q.is_learned ? " learned" : ""));
   const auto cpu =
-      run_entmax<EntmaxHostArray>(q, [](const auto& p, int64_t count) { entmax_cpu(p, 0, count); });
+      run_entmax<HostArray>(q, [](const auto& p, int64_t count) { entmax_cpu(p, 0, count); });
   const auto cuda =
       run_entmax<DeviceArray>(q, [](const auto& p, int64_t) { entmax_cuda(p, nullptr); });
   const double epsilon = std::numeric_limits<Compute<S>>::epsilon();

@@ -6,20 +6,9 @@
 #include <vector>
 
 #include "entmax/entmax_kernel.h"
+#include "host_array.h"
 
 namespace torch_routers {
-
-// The CPU's counterpart of DeviceArray.
-template <class T> class EntmaxHostArray {
- public:
-  explicit EntmaxHostArray(std::size_t size) : values_(size) {}
-  explicit EntmaxHostArray(const std::vector<T>& values) : values_(values) {}
-  T* data() const { return const_cast<T*>(values_.data()); }
-  std::vector<T> to_host() const { return values_; }
-
- private:
-  std::vector<T> values_;
-};
 
 template <class S> struct EntmaxProblem {
   using C = Compute<S>;

@@ -28,7 +28,7 @@ class EntmaxKernel : public testing::TestWithParam<Isa> {
   template <class S>
   static EntmaxResults<Compute<S>> run_on(Isa isa, const EntmaxProblem<S>& q,
                                           int64_t step = 1000000) {
-    return run_entmax<EntmaxHostArray>(q, [&](const auto& p, int64_t count) {
+    return run_entmax<HostArray>(q, [&](const auto& p, int64_t count) {
       for (int64_t begin = 0; begin < count; begin += step)
         TORCH_ROUTERS_PICK_ISA(isa, entmax(p, begin, std::min(begin + step, count)));
     });

@@ -15,7 +15,7 @@ TEST(EntmaxThreads, GiveTheSameBits) {
       auto q = EntmaxProblem<float>::random(1000, experts, alpha);
       q.is_learned = true;
       const auto run = [&](int threads) {
-        return run_entmax<EntmaxHostArray>(q, [&](const auto& params, int64_t count) {
+        return run_entmax<HostArray>(q, [&](const auto& params, int64_t count) {
           run_on_threads(count == 1 ? 1 : threads, count,
                          [&](int64_t begin, int64_t end) { entmax_cpu(params, begin, end); });
         });

@@ -6,20 +6,9 @@
 #include <vector>
 
 #include "gru_cell/gru_cell_kernel.h"
+#include "host_array.h"
 
 namespace torch_routers {
-
-// The CPU's counterpart of DeviceArray.
-template <class T> class HostArray {
- public:
-  explicit HostArray(std::size_t size) : values_(size) {}
-  explicit HostArray(const std::vector<T>& values) : values_(values) {}
-  T* data() const { return const_cast<T*>(values_.data()); }
-  std::vector<T> to_host() const { return values_; }
-
- private:
-  std::vector<T> values_;
-};
 
 template <class T> struct GruResults {
   std::vector<T> next, grad_input_gates, grad_hidden_gates, grad_state;

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "common/scalar.h"
+#include "host_array.h"
 #include "limit_capacity/limit_capacity_kernel.h"
 
 namespace torch_routers {
@@ -105,19 +106,5 @@ CapacityResults limit_capacity_steps(const CapacityProblem<T>& p, const Run& run
   return {new_order.to_host(), new_inverse.to_host(), new_counts.to_host(), new_offsets.to_host(),
           new_dropped.to_host()};
 }
-
-// The CPU's counterpart of DeviceArray: exact, so that sanitizers see each slip.
-template <class T> class HostArray {
- public:
-  explicit HostArray(std::size_t size) : values_(size) {
-    std::fill_n(reinterpret_cast<unsigned char*>(values_.data()), size * sizeof(T), 0xfe);
-  }
-  explicit HostArray(const std::vector<T>& values) : values_(values) {}
-  T* data() const { return const_cast<T*>(values_.data()); }
-  std::vector<T> to_host() const { return values_; }
-
- private:
-  std::vector<T> values_;
-};
 
 }  // namespace torch_routers

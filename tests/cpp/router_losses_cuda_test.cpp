@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "device_array.h"
+#include "host_array.h"
 #include "router_losses/router_losses_kernel.h"
 
 namespace torch_routers {
@@ -52,18 +53,6 @@ template <class T> struct Inputs {
 
 template <class T> struct Results {
   Values<T> total, values, grad_lse, grad_score_sums;
-};
-
-// The CPU's counterpart of DeviceArray.
-template <class T> class HostArray {
- public:
-  explicit HostArray(std::size_t size) : values_(size) {}
-  explicit HostArray(const Values<T>& values) : values_(values) {}
-  T* data() const { return const_cast<T*>(values_.data()); }
-  Values<T> to_host() const { return values_; }
-
- private:
-  Values<T> values_;
 };
 
 // `run(params, count)` runs one of the three.

@@ -98,11 +98,7 @@ class EntmaxRouter(Router):
         group_offsets: Tensor | None = None,
         **context: Any,
     ) -> Routing:
-        if x.shape[-1] != self.hidden_size:
-            raise ValueError(
-                f"{self._name}: expected x of shape [..., hidden_size={self.hidden_size}], "
-                f"got {list(x.shape)}"
-            )
+        self.check_hidden_size(x)
         x = self.full_precision(x)
         bias = None if self.bias is None else self.bias.to(x.dtype)
         logits = F.linear(x, self.weight.to(x.dtype), bias)
