@@ -136,6 +136,31 @@ def draw_smear() -> plt.Figure:
     return figure
 
 
+def draw_entropy() -> plt.Figure:
+    """How many experts random tokens keep; and the entropy of two experts."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 2.9), width_ratios=[1.4, 1])
+    generator = torch.Generator().manual_seed(0)
+    spread = torch.linspace(0.2, 4, 400).unsqueeze(1)
+    logits = spread * torch.randn(400, 8, generator=generator)
+    for name, options, color in (
+        ("top-p 0.75, at least 2", {"threshold": 1.0}, GREY),
+        ("and all above 0.9", {}, BLUE),
+    ):
+        gate = tr.ops.entropy_gate(logits, **options)
+        kept = (gate.weights != 0).sum(-1)
+        left.scatter(gate.entropy, kept, s=14 if color == GREY else 5, color=color, label=name)
+    left.set(title="experts of a token, of 8", xlabel="normalised entropy $H$, q = 1.1")
+    left.legend(frameon=False, fontsize=8)
+
+    p = torch.linspace(1e-4, 1 - 1e-4, 201)
+    for q, color in (0.5, ORANGE), (1.1, BLUE), (2.0, GREY):
+        gate = tr.ops.entropy_gate(torch.stack([p, 1 - p], 1).log(), q=q)
+        right.plot(p, gate.entropy, color=color, label=f"q = {q}")
+    right.set(title="normalised entropy of two experts", xlabel="$p_1$")
+    right.legend(frameon=False, fontsize=8, loc="lower center")
+    return figure
+
+
 def _grid(axes: plt.Axes, rows: int, columns: int) -> None:
     axes.set(xlim=(0, columns), ylim=(rows, 0))
     axes.set_xticks([x + 0.5 for x in range(columns)], range(columns))
@@ -150,7 +175,7 @@ def _grid(axes: plt.Axes, rows: int, columns: int) -> None:
 def main() -> None:
     plt.rcParams.update({"font.size": 9, "axes.titlesize": 9.5, "svg.hashsalt": "torch-routers"})
     IMAGES.mkdir(exist_ok=True)
-    for draw in draw_topk, draw_hash, draw_recurrent, draw_smear:
+    for draw in draw_topk, draw_hash, draw_recurrent, draw_smear, draw_entropy:
         figure = draw()
         for axes in figure.axes:
             axes.spines[["top", "right"]].set_visible(False)
