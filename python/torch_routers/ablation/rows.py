@@ -121,6 +121,30 @@ def _recurrent(settings: Settings, token_counts: Tensor) -> tr.Router:
     )
 
 
+def _entropy(settings: Settings, token_counts: Tensor) -> tr.Router:
+    return tr.EntropyRouter(
+        hidden_size=settings.hidden_size,
+        num_experts=settings.num_experts,
+        losses=[tr.losses.RoutingEntropyLoss(1e-2), tr.losses.SoftBalanceLoss(1e-3)],
+    )
+
+
+def _top_p(settings: Settings, token_counts: Tensor) -> tr.Router:
+    return tr.TopPRouter(
+        hidden_size=settings.hidden_size,
+        num_experts=settings.num_experts,
+        losses=[tr.losses.LoadBalanceLoss(1e-2, "switch"), tr.losses.EntropyLoss(1e-4)],
+    )
+
+
+def _entmax(settings: Settings, token_counts: Tensor) -> tr.Router:
+    return tr.EntmaxRouter(
+        hidden_size=settings.hidden_size,
+        num_experts=settings.num_experts,
+        losses=[tr.losses.LoadBalanceLoss(1e-2)],
+    )
+
+
 def _smear(settings: Settings, token_counts: Tensor) -> tr.Router:
     return tr.SMEARRouter(
         hidden_size=settings.hidden_size,
@@ -150,6 +174,9 @@ ROWS = {
         _routed("sigmoid-bias", "sigmoid top-k, balanced by a bias and no loss", _sigmoid_bias),
         _routed("top-1", "as softmax, one expert per token: half the active width", _top_1),
         _routed("capacity", "as softmax, at most 1.25 of a fair share per sequence", _capacity),
+        _routed("entropy", "top-p 0.75, all experts where the entropy is high", _entropy),
+        _routed("top-p", "top-p 0.4, balance loss 1e-2, entropy loss 1e-4", _top_p),
+        _routed("entmax", "1.5-entmax, balance loss 1e-2", _entmax),
         _routed("recurrent", "a state from layer to layer, balance loss 1e-2", _recurrent),
         _routed(
             "smear", "experts merged by the segment before: half the width", _smear, merged=True
