@@ -44,7 +44,7 @@ def gru_cell(
     >>> state = torch.tensor([[0.3]])
     >>> input_gates, hidden_gates = torch.tensor([[0.5, 0.1, 0.56]]), torch.tensor([[-0.1, 0.2, 0]])
     >>> gru_cell(input_gates, hidden_gates, state)
-    tensor([[0.3891]])
+    tensor([[0.3885]])
     """
     leading = state.shape[:-1]
     if state.dim() != 2:
