@@ -5,11 +5,13 @@ from torch_routers.ops.gate import Statistics, gate, topk_gate, topk_select
 from torch_routers.ops.grouped_linear import grouped_linear
 from torch_routers.ops.limit_capacity import expert_capacity, limit_capacity
 from torch_routers.ops.plan import Plan
+from torch_routers.ops.relu_rms_gate import ReLUGate, relu_rms_gate
 from torch_routers.ops.router_losses import RouterLosses, router_losses
 from torch_routers.ops.token_dispatch import combine_tokens, permute_tokens
 
 __all__ = [
     "Plan",
+    "ReLUGate",
     "RouterLosses",
     "Statistics",
     "combine_tokens",
@@ -20,6 +22,7 @@ __all__ = [
     "grouped_linear",
     "limit_capacity",
     "permute_tokens",
+    "relu_rms_gate",
     "router_losses",
     "topk_gate",
     "topk_select",
