@@ -16,6 +16,8 @@ namespace {
 template <class C> struct RowNorm {
   C mean, inverse;
 
+  TORCH_ROUTERS_HOST_DEVICE RowNorm(C mean, C inverse) : mean(mean), inverse(inverse) {}
+
   // sum(term): the sum over the row of term(a_e).
   template <class Sum>
   TORCH_ROUTERS_HOST_DEVICE RowNorm(ReluNorm norm, C eps, std::int64_t experts, const Sum& sum)
