@@ -3,6 +3,7 @@
 from torch_routers.routers.base import Router, RouterTraits
 from torch_routers.routers.hash import HashRouter
 from torch_routers.routers.noisy_topk import NoisyTopKRouter
+from torch_routers.routers.relu import ReLURouter
 from torch_routers.routers.topk import TopKRouter
 
-__all__ = ["HashRouter", "NoisyTopKRouter", "Router", "RouterTraits", "TopKRouter"]
+__all__ = ["HashRouter", "NoisyTopKRouter", "ReLURouter", "Router", "RouterTraits", "TopKRouter"]
