@@ -1,4 +1,4 @@
-"""Losses of routers whose experts are active or not, a number of them per token: BlockFFN, ReMoE."""
+"""Losses of routers whose experts are active or not, several per token: BlockFFN, ReMoE."""
 
 import torch
 from torch import Tensor
