@@ -33,6 +33,14 @@ def assert_same_bits(actual, expected):
         assert torch.equal(actual[name].nan_to_num(7), x.nan_to_num(7)), name
 
 
+def slots_of(routing):
+    """The experts of each token; of a dense routing, in a slot of their own or -1."""
+    if routing.indices is not None:
+        return routing.indices
+    experts = torch.arange(routing.num_experts).expand(routing.weights.shape)
+    return torch.where(routing.weights != 0, experts, -1)
+
+
 def parameter_gradients(module):
     return {name: p.grad for name, p in module.named_parameters()}
 
@@ -58,8 +66,10 @@ def test_equals_a_loop_over_tokens(case):
         for s in range(9):
             of_token = {name: value[b, s] for name, value in context.items()}
             experts, weights = case.of_token(x[b, s], of_token, router)
-            assert routing.indices[b, s].tolist() == experts
-            assert_close(routing.weights[b, s], weights)
+            slots = slots_of(routing)[b, s]
+            used = slots >= 0
+            assert slots[used].tolist() == experts
+            assert_close(routing.weights[b, s][used], weights)
             counts[experts] += 1
     assert torch.equal(routing.counts, counts)
 
@@ -72,7 +82,7 @@ def test_layer_equals_a_loop_over_tokens(case):
     up, down = moe.experts.gate_up_proj, moe.experts.down_proj
     for token in range(8):
         expected, row = 0, x.view(8, -1)[token]
-        experts = routing.indices.view(8, -1)[token]
+        experts = slots_of(routing).view(8, -1)[token]
         for weight, expert in zip(routing.weights.view(8, -1)[token], experts):
             gate, value = (up[expert] @ row).chunk(2)
             expected = expected + weight * (down[expert] @ (nn.functional.silu(gate) * value))
@@ -86,10 +96,11 @@ def test_indices_are_always_distinct_and_in_range(case, value):
     clean = case.router()(x, **case.context((7,)))
     x[3, 5] = value
     routing = case.router()(x, **case.context((7,)))
-    assert ((routing.indices >= 0) & (routing.indices < EXPERTS)).all()
-    assert all(len(set(row)) == len(row) for row in routing.indices.tolist())
     other = torch.arange(7) != 3
-    assert torch.equal(routing.indices[other], clean.indices[other])
+    if routing.indices is not None:
+        assert ((routing.indices >= 0) & (routing.indices < EXPERTS)).all()
+        assert all(len(set(row)) == len(row) for row in routing.indices.tolist())
+        assert torch.equal(routing.indices[other], clean.indices[other])
     assert torch.equal(routing.weights[other], clean.weights[other])
 
 
@@ -101,10 +112,12 @@ def test_leading_dimensions_are_kept(case, shape):
         warnings.simplefilter("error")
         y, routing = train(moe, x, case.context(shape))
     assert y.shape == x.shape and y.dtype == x.dtype
-    assert routing.weights.shape == routing.indices.shape == (*shape, moe.router.top_k)
-    assert routing.weights.dtype == torch.float32 and routing.indices.dtype == torch.int64
+    slots = slots_of(routing)
+    columns = EXPERTS if routing.indices is None else moe.router.top_k
+    assert routing.weights.shape == slots.shape == (*shape, columns)
+    assert routing.weights.dtype == torch.float32 and slots.dtype == torch.int64
     assert routing.counts.shape == (EXPERTS,) and routing.num_experts == EXPERTS
-    assert routing.counts.sum() == routing.indices.numel()
+    assert routing.counts.sum() == (slots >= 0).sum()
     for parameter in moe.parameters():
         assert parameter.grad.isfinite().all()
 
@@ -121,7 +134,7 @@ def test_batch_dependency_is_as_declared(case):
     order = torch.randperm(257)
     for rows in [order, *(order[:n] for n in (1, 2, 3, 7, 8, 31, 64, 65))]:
         alone = router(x[rows], **{name: value[rows] for name, value in context.items()})
-        assert torch.equal(alone.indices, together.indices[rows])
+        assert torch.equal(slots_of(alone), slots_of(together)[rows])
         # To rounding only: the product with the weight is torch's.
         assert_close(alone.weights, together.weights[rows], rtol=1e-5, atol=1e-6)
 
@@ -140,12 +153,13 @@ def test_padding_content_changes_nothing(case):
         context = {name: value.where(mask, 5) for name, value in context.items()}
         y, routing = train(moe, x, context, valid_mask=mask)
         assert (y[~mask] == 0).all() and (routing.weights[~mask] == 0).all()
-        assert (routing.indices[~mask] == -1).all()
+        assert (slots_of(routing)[~mask] == -1).all()
         results.append((y, routing, parameter_gradients(moe)))
     y, routing, gradients = results[0]
     for other_y, other, other_gradients in results[1:]:
         assert torch.equal(y, other_y)
-        for name in "weights", "indices", "counts":
+        assert torch.equal(slots_of(routing), slots_of(other))
+        for name in "weights", "counts":
             assert torch.equal(getattr(routing, name), getattr(other, name))
         assert all(torch.equal(gradients[name], other_gradients[name]) for name in gradients)
         if routing.aux_loss is not None:
@@ -161,7 +175,7 @@ def test_masked_equals_compacted(case):
     rows = {name: value[mask] for name, value in context.items()}
     y_rows, routing_rows = train(compacted, x[mask], rows)
     assert_close(y[mask], y_rows, rtol=1e-5, atol=1e-6)
-    assert torch.equal(routing.indices[mask], routing_rows.indices)
+    assert torch.equal(slots_of(routing)[mask], slots_of(routing_rows))
     assert torch.equal(routing.counts, routing_rows.counts)
     assert_close(routing.aux_loss, routing_rows.aux_loss, rtol=1e-6, atol=1e-6)
     assert_close(parameter_gradients(masked), parameter_gradients(compacted), rtol=1e-4, atol=1e-5)

@@ -137,7 +137,7 @@ def chunk_sparsification(
     valid = _valid(probs, valid_mask)
     tokens, experts = probs.shape[-2:]
     rest = -tokens % chunk_size
-    if rest and tail == "error":
+    if tail == "error" and rest:
         raise ValueError(
             f"chunk_sparsification: expected tokens in whole chunks of {chunk_size}, got {tokens}"
         )
