@@ -15,6 +15,7 @@ from torch_routers.metrics.counts import (
     mutual_information,
 )
 from torch_routers.metrics.meter import RoutingMeter, by_layer, read, summary
+from torch_routers.metrics.sparsity import chunk_sparsity, reuse_ratio, token_sparsity
 from torch_routers.metrics.tokens import (
     Totals,
     active_mean,
@@ -35,6 +36,7 @@ __all__ = [
     "active_experts",
     "active_mean",
     "by_layer",
+    "chunk_sparsity",
     "dead",
     "drop_rate",
     "entropy",
@@ -45,10 +47,12 @@ __all__ = [
     "max_vio",
     "mutual_information",
     "read",
+    "reuse_ratio",
     "router_drift",
     "routing_agreement",
     "selection_share",
     "summary",
+    "token_sparsity",
     "top1_fraction",
     "totals",
     "z_mean",
