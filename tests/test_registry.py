@@ -6,7 +6,7 @@ import torch_routers as tr
 
 
 def test_registry_finds_and_explains():
-    assert tr.list_routers("Top*") == ["TopKRouter"]
+    assert tr.list_routers("TopK*") == ["TopKRouter"]
     assert "HashRouter" in tr.list_routers(causal=True, needs=("token_ids",))
     with pytest.raises(ValueError, match=r"create_router: expected one of .*'TopKRouter'.*'topk'"):
         tr.create_router("topk")

@@ -1,5 +1,15 @@
 """Auxiliary losses: pure functions of tensors, and the small modules that carry a weight."""
 
+from torch_routers.losses.activation import (
+    ActivationLocalityLoss,
+    ChunkSparsificationLoss,
+    ReLUSparsityLoss,
+    activation_locality,
+    activation_probs,
+    chunk_sparsification,
+    relu_sparsity,
+)
+from torch_routers.losses.adaptive import AdaptiveFactor, AdaptiveSparsity
 from torch_routers.losses.balance import (
     LoadBalanceLoss,
     SequenceBalanceLoss,
@@ -15,21 +25,30 @@ from torch_routers.losses.load import LoadLoss, expected_load
 from torch_routers.losses.z import ZLoss, z_loss
 
 __all__ = [
+    "ActivationLocalityLoss",
+    "AdaptiveFactor",
+    "AdaptiveSparsity",
+    "ChunkSparsificationLoss",
     "EntropyLoss",
     "GlobalBalanceLoss",
     "ImportanceLoss",
     "LoadBalanceLoss",
     "LoadLoss",
+    "ReLUSparsityLoss",
     "RouterLoss",
     "RoutingEntropyLoss",
     "SequenceBalanceLoss",
     "SoftBalanceLoss",
     "StatisticsLoss",
     "ZLoss",
+    "activation_locality",
+    "activation_probs",
+    "chunk_sparsification",
     "entropy",
     "expected_load",
     "importance",
     "load_balance",
+    "relu_sparsity",
     "transformers_load_balance",
     "z_loss",
 ]

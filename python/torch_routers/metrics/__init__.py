@@ -21,6 +21,7 @@ from torch_routers.metrics.counts import (
     mutual_information,
 )
 from torch_routers.metrics.meter import RoutingMeter, by_layer, read, summary
+from torch_routers.metrics.sparsity import chunk_sparsity, reuse_ratio, token_sparsity
 from torch_routers.metrics.tokens import (
     Totals,
     active_mean,
@@ -41,6 +42,7 @@ __all__ = [
     "active_experts",
     "active_mean",
     "by_layer",
+    "chunk_sparsity",
     "dead",
     "drop_rate",
     "entropy",
@@ -51,12 +53,14 @@ __all__ = [
     "max_vio",
     "mutual_information",
     "read",
+    "reuse_ratio",
     "router_drift",
     "routing_agreement",
     "segment_cache_hit_rate",
     "segment_routing_performance",
     "selection_share",
     "summary",
+    "token_sparsity",
     "top1_fraction",
     "totals",
     "z_mean",

@@ -8,6 +8,7 @@ from torch_routers.ops.grouped_linear import grouped_linear
 from torch_routers.ops.gru_cell import gru_cell
 from torch_routers.ops.limit_capacity import expert_capacity, limit_capacity
 from torch_routers.ops.plan import Plan
+from torch_routers.ops.relu_rms_gate import ReLUGate, relu_rms_gate
 from torch_routers.ops.router_losses import RouterLosses, router_losses
 from torch_routers.ops.soft_merge import soft_merge
 from torch_routers.ops.token_dispatch import combine_tokens, permute_tokens
@@ -15,6 +16,7 @@ from torch_routers.ops.token_dispatch import combine_tokens, permute_tokens
 __all__ = [
     "EntropyGate",
     "Plan",
+    "ReLUGate",
     "RouterLosses",
     "Statistics",
     "combine_tokens",
@@ -28,6 +30,7 @@ __all__ = [
     "gru_cell",
     "limit_capacity",
     "permute_tokens",
+    "relu_rms_gate",
     "router_losses",
     "soft_merge",
     "topk_gate",

@@ -11,6 +11,7 @@ from torch_routers.routers.recurrent import (
     RecurrentStack,
     share_cell,
 )
+from torch_routers.routers.relu import ReLURouter
 from torch_routers.routers.smear import SMEARRouter
 from torch_routers.routers.topk import TopKRouter
 
@@ -19,6 +20,7 @@ __all__ = [
     "EntropyRouter",
     "HashRouter",
     "NoisyTopKRouter",
+    "ReLURouter",
     "RecurrentCell",
     "RecurrentRouter",
     "RecurrentStack",

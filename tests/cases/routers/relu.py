@@ -1,0 +1,45 @@
+import torch
+
+import torch_routers as tr
+from cases.router_case import EXPERTS, HIDDEN, RouterCase
+
+
+def of_token(x, context, router):
+    a = (router.weight.to(x.dtype) @ x).relu()
+    experts = [e for e in range(EXPERTS) if a[e] > 0]
+    inverse = 1
+    if router.norm == "rms":
+        inverse = (a.square().mean() + router.eps).rsqrt()
+    return experts, (a * inverse * router.gain.to(x.dtype))[experts]
+
+
+def losses():
+    return [
+        tr.losses.LoadBalanceLoss(1e-2),
+        tr.losses.ActivationLocalityLoss(2e-3, sharpness=2.0),
+        tr.losses.ChunkSparsificationLoss(5e-2, chunk_size=4),
+        tr.losses.ReLUSparsityLoss(1e-3, top_k=2),
+    ]
+
+
+def make(**options):
+    router = tr.ReLURouter(HIDDEN, EXPERTS, init_std=0.4, losses=losses(), **options)
+    router.gain.data.copy_(torch.linspace(-0.4, 1.5, EXPERTS))
+    return router
+
+
+ARGUMENTS = {"hidden_size": HIDDEN, "num_experts": EXPERTS}
+ERRORS = [
+    (
+        ARGUMENTS | {"norm": "layer"},
+        "ReLURouter: expected norm among ['rms', 'centered', 'simple'], got 'layer'",
+    ),
+    (ARGUMENTS | {"eps": 0.0}, "ReLURouter: expected eps in [1e-30, 1e30], got 0.0"),
+    (ARGUMENTS | {"init_std": -1.0}, "ReLURouter: expected init_std >= 0, got -1.0"),
+    (ARGUMENTS | {"num_experts": 0}, "ReLURouter: expected num_experts >= 1, got 0"),
+]
+
+CASES = [
+    RouterCase("relu", make, of_token=of_token, errors=ERRORS),
+    RouterCase("relu without a norm", lambda: make(norm="simple"), of_token=of_token),
+]
