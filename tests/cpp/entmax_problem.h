@@ -1,7 +1,6 @@
 // A problem of entmax with the arrays of both directions, for tests of its kernels.
 #pragma once
 
-#include <algorithm>
 #include <cmath>
 #include <random>
 #include <vector>
@@ -36,8 +35,7 @@ template <class S> struct EntmaxProblem {
     EntmaxProblem q{{tokens, experts}, alpha};
     std::mt19937 random(static_cast<unsigned>(tokens + 7 * experts));
     std::normal_distribution<double> normal;
-    // Never without memory, whose address would be null, which copies refuse.
-    q.logits.resize(std::max<std::int64_t>(1, tokens * experts));
+    q.logits.resize(tokens * experts);
     for (S& x : q.logits) store(&x, static_cast<C>(size * normal(random)));
     for (std::size_t i = 0; i < q.logits.size(); ++i)
       q.grad_weights.push_back(static_cast<C>(normal(random)));
@@ -61,7 +59,7 @@ EntmaxResults<Compute<S>> run_entmax(const EntmaxProblem<S>& q, const Run& run) 
   const auto [tokens, experts] = q.shape;
   const std::int64_t blocks = q.shape.blocks();
   const Array<S> logits(q.logits);
-  const Array<unsigned char> valid(q.valid.empty() ? std::vector<unsigned char>{1} : q.valid);
+  const Array<unsigned char> valid(q.valid);
   const Array<C> learned(std::vector<C>{static_cast<C>(q.alpha)}), grad_weights(q.grad_weights);
   const Array<C> weights(tokens * experts), grad_logits(tokens * experts), grad_alpha(1);
   const Array<std::int64_t> partial(blocks * experts), counts(experts);
