@@ -90,23 +90,38 @@ void scale_tile(const EntmaxMethod<kKind, C>& method, int64_t experts, Tile<W>& 
     each_lane([&](int l) { tile.u[e][l] = (tile.u[e][l] - max[l]) * method.factor; });
 }
 
-// The sums of all lanes, in four parts.
+// The sums of all lanes, in two parts.
 template <EntmaxKind kKind, class C, class W>
 void sum_tile(const EntmaxMethod<kKind, C>& method, int64_t experts, const Tile<W>& tile,
               Lanes<W>& count, Lanes<W>& first, Lanes<W>& second) {
-  alignas(64) Lanes<W> counts[4] = {}, firsts[4] = {}, seconds[4] = {};
-  for (int64_t e = 0; e < experts; ++e)
-    each_lane([&](int l) {
-      const auto term = entmax_term(method, tile.top[l] + tile.u[e][l]);
-      counts[e % 4][l] += term.count;
-      firsts[e % 4][l] += term.first;
-      seconds[e % 4][l] += term.second;
-    });
-  each_lane([&](int l) {
-    count[l] = (counts[0][l] + counts[1][l]) + (counts[2][l] + counts[3][l]);
-    first[l] = (firsts[0][l] + firsts[1][l]) + (firsts[2][l] + firsts[3][l]);
-    second[l] = (seconds[0][l] + seconds[1][l]) + (seconds[2][l] + seconds[3][l]);
-  });
+  if constexpr (kKind == EntmaxKind::General) {
+    each_lane([&](int l) { count[l] = first[l] = second[l] = 0; });
+    for (int64_t e = 0; e < experts; ++e)
+      each_lane([&](int l) {
+        const auto term = entmax_term(method, tile.top[l] + tile.u[e][l]);
+        first[l] += term.first;
+        second[l] += term.second;
+      });
+  } else {
+    for (int part = 0; part < kLanes; part += kWidth<W>) {
+      const Vector<W> top = load_vector(tile.top + part), zero{}, one = zero + 1;
+      Vector<W> counts[2] = {}, firsts[2] = {}, seconds[2] = {};
+      const auto add = [&](int64_t e, int i) {  // as entmax_term
+        const Vector<W> distance = top + load_vector(tile.u[e] + part);
+        const auto is_inside = distance > zero;
+        const Vector<W> inside = is_inside ? distance : zero;
+        counts[i] += is_inside ? one : zero;
+        firsts[i] += inside;
+        if constexpr (kKind == EntmaxKind::Root) seconds[i] += inside * inside;
+      };
+      int64_t e = 0;
+      for (; e + 2 <= experts; e += 2) add(e, 0), add(e + 1, 1);
+      if (e < experts) add(e, 0);
+      store_vector(count + part, counts[0] + counts[1]);
+      store_vector(first + part, firsts[0] + firsts[1]);
+      store_vector(second + part, seconds[0] + seconds[1]);
+    }
+  }
 }
 
 template <class W> bool any_active(const Tile<W>& tile) {
@@ -137,9 +152,8 @@ void solve_tile(const EntmaxMethod<kKind, C>& method, int64_t experts, Tile<W>& 
       each_lane([&](int l) {
         const EntmaxSums<W> sums{count[l], first[l], second[l]};
         const auto step = entmax_step<kKind>(tile.top[l], sums);
-        const bool is_active = tile.is_active[l] != 0;
-        tile.top[l] = is_active ? tile.top[l] - step.size : tile.top[l];
-        tile.is_active[l] = is_active && !step.is_last ? W{1} : W{0};
+        tile.top[l] -= tile.is_active[l] != 0 ? step.size : W{0};
+        tile.is_active[l] = step.is_last ? W{0} : tile.is_active[l];
       });
     }
   }

@@ -26,7 +26,7 @@ template <class S> struct EntmaxProblem {
     std::normal_distribution<double> normal;
     q.logits.resize(tokens * experts);
     for (S& x : q.logits) store(&x, static_cast<C>(size * normal(random)));
-    for (std::int64_t i = 0; i < tokens * experts; ++i)
+    for (std::size_t i = 0; i < q.logits.size(); ++i)
       q.grad_weights.push_back(static_cast<C>(normal(random)));
     return q;
   }
