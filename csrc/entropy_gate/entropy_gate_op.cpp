@@ -33,10 +33,10 @@ struct Inputs {
     const auto crossing = static_cast<int64_t>(rule.crossing);
     check(0 <= crossing && crossing <= 2, op, ": expected crossing in [0, 2], got ", crossing);
     check(rule.q > 0 && rule.q <= 2, op, ": expected q above 0 and at most 2, got ", rule.q);
-    check(0 <= rule.epsilon && rule.epsilon < 1, op, ": expected epsilon from 0 to below 1, got ",
-          rule.epsilon);
-    check(rule.q >= 1 || rule.epsilon > 0, op, ": expected epsilon > 0 with q below 1, got ",
-          rule.epsilon, ". The slope at a probability of 0 would be infinite");
+    // Below q = 1 the slope at a probability of 0 would be infinite.
+    const bool positive = rule.q >= 1 ? rule.epsilon >= 0 : rule.epsilon > 0;
+    check(positive && rule.epsilon < 1, op,
+          ": expected epsilon from 0 to below 1, above 0 with q below 1, got ", rule.epsilon);
     check(rule.threshold == rule.threshold, op, ": expected threshold to be a number, got ",
           rule.threshold);
     check(rule.top_p >= 0, op, ": expected top_p >= 0, got ", rule.top_p);

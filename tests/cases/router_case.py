@@ -24,6 +24,8 @@ class RouterCase:
     of_token: Callable[[Tensor, dict[str, Tensor], tr.Router], tuple[list[int], Tensor]] = None
     #: Whether the task loss reaches the router through the weights.
     learns_from_task: bool = True
+    #: Parameters that no loss reaches: they weigh what the losses have seen before.
+    beyond_losses: tuple[str, ...] = ()
     #: Constructor arguments that do not fit, and what the router says.
     errors: list[tuple[dict[str, Any], str]] = field(default_factory=list)
     #: Call arguments besides x of shape [2, 3, HIDDEN] that do not fit, and what the router says.

@@ -57,7 +57,8 @@ def entropy_gate(
         entropy: ``"tsallis"`` as above, which for ``q=1`` is Shannon's; or ``"renyi"``,
             :math:`\ln(\sum p'^q + 10^{-10}) / ((1 - q) \ln E)`.
         q: in (0, 2]. For :math:`|q - 1| < 10^{-4}` it is Shannon's.
-        epsilon: added to the probabilities in the entropy; above 0 where ``q`` is below 1.
+        epsilon: added to the probabilities in the entropy; above 0 where ``q`` is below 1, at
+            which the slope at a probability of 0 would be infinite.
         threshold: tokens with a larger entropy keep all experts; 1 or more: none does.
         top_p: the sum of probabilities to be kept.
         crossing: ``"below"``: an expert is kept while the sum, with it, is at most ``top_p``

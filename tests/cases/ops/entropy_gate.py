@@ -132,6 +132,9 @@ def sized(tokens):
     yield Sample("sized", (2 * seeded(tokens, 12),), {"valid_mask": mask})
 
 
+EPSILON = "epsilon from 0 to below 1, above 0 with q below 1, got "
+
+
 def errors():
     logits = seeded(2, 4)
     op = "entropy_gate: expected "
@@ -154,9 +157,8 @@ def errors():
     mask = torch.ones(3, dtype=torch.bool)
     yield error("mask shape", "valid_mask of shape [tokens=2], got [3]", valid_mask=mask)
     yield value("q", "q above 0 and at most 2, got 2.5", q=2.5)
-    yield value("epsilon", "epsilon from 0 to below 1, got -1", epsilon=-1)
-    yield value("slope", "epsilon > 0 with q below 1, got 0. The slope at a probability of 0 would "
-                "be infinite", q=0.5, epsilon=0.0)  # fmt: skip
+    yield value("epsilon", EPSILON + "-1", epsilon=-1)
+    yield value("slope", EPSILON + "0", q=0.5, epsilon=0.0)
     yield value("threshold", "threshold to be a number, got nan", threshold=math.nan)
     yield value("top_p", "top_p >= 0, got -0.5", top_p=-0.5)
     yield value("keep_top_k", "keep_top_k >= 0, got -1", keep_top_k=-1)
