@@ -161,6 +161,44 @@ def draw_entropy() -> plt.Figure:
     return figure
 
 
+def draw_entmax() -> plt.Figure:
+    """Weights of two experts, and of eight, by alpha."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 2.9), width_ratios=[1, 1.2])
+    difference = torch.linspace(-4, 4, 201)
+    pair = torch.stack([difference, torch.zeros_like(difference)], 1)
+    logits = torch.tensor([[2.1, 1.6, 0.9, 0.5, 0.2, -0.2, -0.9, -1.3]])
+    for i, (alpha, color) in enumerate(((1.0, GREY), (1.5, BLUE), (2.0, ORANGE))):
+        left.plot(
+            difference, tr.ops.entmax(pair, alpha)[0][:, 0], color=color, label=f"α = {alpha}"
+        )
+        places = [e + 0.27 * i for e in range(8)]
+        right.bar(places, tr.ops.entmax(logits, alpha)[0][0], 0.27, color=color)
+    left.set(title="weight of the first of two experts", xlabel="$z_1 - z_2$")
+    left.legend(frameon=False, fontsize=8)
+    right.set(title="weights of eight experts of one token", xlabel="expert")
+    right.set_xticks([e + 0.27 for e in range(8)], range(8))
+    return figure
+
+
+def draw_relu() -> plt.Figure:
+    """From the logits of one token to its weights; and the experts of neighbouring tokens."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 2.9), width_ratios=[1, 1.2])
+    logits = torch.tensor([[0.6, -0.2, 0.3, 0.0, -0.5, 1.1, -0.1, 0.2]])
+    weights = tr.ops.relu_rms_gate(logits, torch.ones(8)).weights[0]
+    left.bar([e - 0.2 for e in range(8)], logits[0], 0.4, color=GREY, label="logits $z$")
+    left.bar([e + 0.2 for e in range(8)], weights, 0.4, color=BLUE, label="weights $y$, gain 1")
+    left.axhline(0, color="black", linewidth=0.6)
+    left.set(title="one token", xlabel="expert", xticks=range(8))
+    left.legend(frameon=False, fontsize=8)
+
+    generator = torch.Generator().manual_seed(4)
+    steps = torch.randn(24, 8, generator=generator).cumsum(0) / 3
+    active = tr.ops.relu_rms_gate(steps, torch.ones(8)).weights != 0
+    right.imshow(active.T, aspect="auto", cmap="Blues", vmin=0, vmax=1.4, interpolation="nearest")
+    right.set(title="active experts of 24 tokens", xlabel="token", ylabel="expert")
+    return figure
+
+
 def _grid(axes: plt.Axes, rows: int, columns: int) -> None:
     axes.set(xlim=(0, columns), ylim=(rows, 0))
     axes.set_xticks([x + 0.5 for x in range(columns)], range(columns))
@@ -175,7 +213,15 @@ def _grid(axes: plt.Axes, rows: int, columns: int) -> None:
 def main() -> None:
     plt.rcParams.update({"font.size": 9, "axes.titlesize": 9.5, "svg.hashsalt": "torch-routers"})
     IMAGES.mkdir(exist_ok=True)
-    for draw in draw_topk, draw_hash, draw_recurrent, draw_smear, draw_entropy:
+    for draw in (
+        draw_topk,
+        draw_hash,
+        draw_recurrent,
+        draw_smear,
+        draw_entropy,
+        draw_entmax,
+        draw_relu,
+    ):
         figure = draw()
         for axes in figure.axes:
             axes.spines[["top", "right"]].set_visible(False)

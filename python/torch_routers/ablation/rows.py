@@ -145,6 +145,18 @@ def _entmax(settings: Settings, token_counts: Tensor) -> tr.Router:
     )
 
 
+def _relu(settings: Settings, token_counts: Tensor) -> tr.Router:
+    return tr.ReLURouter(
+        hidden_size=settings.hidden_size,
+        num_experts=settings.num_experts,
+        init_std=0.1,
+        losses=[
+            tr.losses.ActivationLocalityLoss(2e-3),
+            tr.losses.ChunkSparsificationLoss(5e-2),
+        ],
+    )
+
+
 def _smear(settings: Settings, token_counts: Tensor) -> tr.Router:
     return tr.SMEARRouter(
         hidden_size=settings.hidden_size,
@@ -177,6 +189,7 @@ ROWS = {
         _routed("entropy", "top-p 0.75, all experts where the entropy is high", _entropy),
         _routed("top-p", "top-p 0.4, balance loss 1e-2, entropy loss 1e-4", _top_p),
         _routed("entmax", "1.5-entmax, balance loss 1e-2", _entmax),
+        _routed("relu", "ReLU with RMS norm, locality and chunk losses of BlockFFN", _relu),
         _routed("recurrent", "a state from layer to layer, balance loss 1e-2", _recurrent),
         _routed(
             "smear", "experts merged by the segment before: half the width", _smear, merged=True
