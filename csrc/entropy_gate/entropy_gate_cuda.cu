@@ -24,7 +24,7 @@ struct WarpLanes {
   }
 };
 
-template <class Params> __global__ void __launch_bounds__(kThreads) entropy_rows(Params p) {
+template <class Params> __global__ void __launch_bounds__(kThreads, 1) entropy_rows(Params p) {
   const int64_t token = int64_t{blockIdx.x} * kWarps + warp();
   if (token < p.tokens) entropy_gate_row(p, token, WarpLanes{lane()});
 }
