@@ -76,6 +76,7 @@ template <class T> struct Probabilities {
   const T* logits;
   std::int64_t experts;
   T largest, sum;
+  double wide_sum = 0;
 
   template <class Lanes>
   TORCH_ROUTERS_HOST_DEVICE Probabilities(const T* logits, std::int64_t experts, const Lanes& lanes)
@@ -83,13 +84,19 @@ template <class T> struct Probabilities {
     for (std::int64_t e = lanes.first; e < experts; e += lanes.step)
       if (logits[e] > largest) largest = logits[e];
     largest = lanes.max(largest);
-    for (std::int64_t e = lanes.first; e < experts; e += lanes.step) sum += exponential(e);
-    sum = lanes.sum(sum);
+    for (std::int64_t e = lanes.first; e < experts; e += lanes.step)
+      wide_sum += static_cast<double>(exponential(e));
+    wide_sum = lanes.sum(wide_sum);
+    sum = static_cast<T>(wide_sum);
   }
   TORCH_ROUTERS_HOST_DEVICE T exponential(std::int64_t e) const {
     return own_exp(logits[e] - largest);
   }
   TORCH_ROUTERS_HOST_DEVICE T operator[](std::int64_t e) const { return exponential(e) / sum; }
+  // For entropies, in which what a sum of rounded probabilities lacks to 1 is divided by q - 1.
+  TORCH_ROUTERS_HOST_DEVICE double wide(std::int64_t e) const {
+    return static_cast<double>(exponential(e)) / wide_sum;
+  }
 };
 
 // Whether a token has no expert: it is masked, or all its logits are -infinity.
@@ -157,7 +164,7 @@ TORCH_ROUTERS_HOST_DEVICE static inline void entropy_gate_row(const EntropyGate<
   const EntropyFormula formula(p.rule, p.experts);
   double sum = 0;
   for (std::int64_t e = lanes.first; e < p.experts; e += lanes.step)
-    sum += formula.term(static_cast<double>(probabilities[e]));
+    sum += formula.term(probabilities.wide(e));
   const double entropy = p.experts == 1 ? 0 : formula.value(lanes.sum(sum));
   if (lanes.first == 0) p.entropy[token] = static_cast<T>(entropy);
 
@@ -196,10 +203,10 @@ TORCH_ROUTERS_HOST_DEVICE static inline void entropy_gate_row(const EntropyGateB
   double sum = 0, mean_slope = 0;
   if (of_entropy != 0) {
     for (std::int64_t e = lanes.first; e < p.experts; e += lanes.step)
-      sum += formula.term(static_cast<double>(probabilities[e]));
+      sum += formula.term(probabilities.wide(e));
     sum = lanes.sum(sum);
     for (std::int64_t e = lanes.first; e < p.experts; e += lanes.step) {
-      const auto x = static_cast<double>(probabilities[e]);
+      const auto x = probabilities.wide(e);
       if (x != 0) mean_slope += x * formula.slope(x, sum);
     }
     mean_slope = lanes.sum(mean_slope);
@@ -209,7 +216,7 @@ TORCH_ROUTERS_HOST_DEVICE static inline void entropy_gate_row(const EntropyGateB
     T result = weights[e] == 0 ? T{0} : weights[e] * grad[e];
     result -= (p.rule.renormalize ? weights[e] : x) * dot;
     if (of_entropy != 0 && x != 0) {
-      const auto wide = static_cast<double>(x);
+      const double wide = probabilities.wide(e);
       result += static_cast<T>(of_entropy * wide * (formula.slope(wide, sum) - mean_slope));
     }
     grad_logits[e] = result;
