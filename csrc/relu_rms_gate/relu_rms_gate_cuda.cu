@@ -68,6 +68,9 @@ __global__ void __launch_bounds__(kThreads) weigh_tokens_backward(ReluRmsGateBac
   __shared__ C inverses[ReluRmsGateShape::kBlock];
   const Tokens tokens(p);
   const C size = static_cast<C>(p.experts);
+  // The compiler may load those of masked tokens, and beyond the last one, before it asks.
+  for (int i = threadIdx.x; i < ReluRmsGateShape::kBlock; i += kThreads) means[i] = inverses[i] = 0;
+  __syncthreads();
   for (int64_t t = tokens.first + warp(); t < tokens.past; t += kWarps) {
     const int64_t row = t * p.experts;
     const S* z = p.logits + row;
