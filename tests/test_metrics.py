@@ -178,6 +178,8 @@ def test_nothing_waits_for_the_device():
                 function(torch.stack([a.counts, b.counts]))
             elif name == "segment_routing_performance":
                 function(a, 3)
+            elif name in ("token_sparsity", "chunk_sparsity", "reuse_ratio"):
+                function(torch.empty(2, 9, 4).bool())
             elif name[0].islower() and name not in ("read", "segment_cache_hit_rate"):
                 function(a)
 
