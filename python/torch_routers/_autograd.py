@@ -113,11 +113,52 @@ def differentiable(
 def jvp(plain: Callable, inputs, tangents):
     """``torch.func.jvp(plain, inputs, tangents)[1]`` for use in a ``jvp`` formula.
 
-    Two reverse passes, because forward mode does not nest in ``forward_ad.dual_level()``.
+    A tangent that is None is zero. Two reverse passes, because forward mode does not nest in
+    ``forward_ad.dual_level()``.
     """
     outputs, pull_back = torch.func.vjp(plain, *inputs)
     _, push_forward = torch.func.vjp(pull_back, tree_map(torch.zeros_like, outputs))
-    return push_forward(tuple(tangents))[0]
+    given = [torch.zeros_like(x) if t is None else t for x, t in zip(inputs, tangents)]
+    return push_forward(tuple(given))[0]
+
+
+def batched(info, in_dims, tensors) -> list[torch.Tensor | None]:
+    """Each tensor with the batch of a ``vmap`` rule as its first dimension; None stays."""
+    return [
+        None
+        if x is None
+        else x.expand(info.batch_size, *x.shape)
+        if dim is None
+        else x.movedim(dim, 0)
+        for x, dim in zip(tensors, in_dims)
+    ]
+
+
+def flat(x: torch.Tensor | None) -> torch.Tensor | None:
+    """A batch of rows as rows."""
+    return None if x is None else x.flatten(0, 1)
+
+
+def unflat(info, x: torch.Tensor) -> torch.Tensor:
+    """Rows as a batch of rows; there may be none."""
+    return x.unflatten(0, (info.batch_size, x.shape[0] // info.batch_size))
+
+
+def vmap_by_rows(call: Callable, tensors: int) -> Callable:
+    """The batching rule of an operator whose rows do not depend on each other: more rows.
+
+    The first ``tensors`` inputs have rows as their first dimension, as all results have; the others
+    are no tensors.
+    """
+
+    def vmap(info, in_dims, *inputs):
+        rows = map(flat, batched(info, in_dims, inputs[:tensors]))
+        outputs = call(*rows, *inputs[tensors:])
+        if isinstance(outputs, tuple):
+            return tuple(unflat(info, x) for x in outputs), (0,) * len(outputs)
+        return unflat(info, outputs), 0
+
+    return vmap
 
 
 def vmap_by_loop(call: Callable) -> Callable:

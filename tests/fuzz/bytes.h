@@ -96,6 +96,14 @@ class Bytes : public FuzzedDataProvider {
     }
   }
 
+  // The same with the types that are computed in.
+  template <class Body> void pick_compute_type(const Body& body) {
+    if (flag())
+      body.template operator()<float>();
+    else
+      body.template operator()<double>();
+  }
+
   // One that this machine has.
   Isa any_isa() { return static_cast<Isa>(integer(0, static_cast<std::int64_t>(isa()))); }
 
@@ -170,5 +178,17 @@ class Bytes : public FuzzedDataProvider {
 
   std::uint32_t seed_;
 };
+
+// Runs a problem at once by the scalar code, and in two parts by that of an instruction set: to the
+// same bits, which `check` looks at.
+template <class Inputs, class Results, class Check>
+void run_twice(Bytes& bytes, const Check& check) {
+  const Isa other = bytes.any_isa();
+  const double cut = bytes.share();
+  const Inputs in(bytes);
+  const Results out(in, Isa::Default, 1, kFills[0]);
+  expect(out == Results(in, other, cut, kFills[1]), "equal results of both runs");
+  check(in, out);
+}
 
 }  // namespace torch_routers::fuzz

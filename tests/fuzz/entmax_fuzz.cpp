@@ -96,21 +96,15 @@ template <class S> void check_results(const Inputs<S>& in, const Results<S>& out
   expect(counts == out.counts, "the counts of what is not 0");
 }
 
-template <class S> void fuzz_entmax(Bytes& bytes) {
-  const Isa other = bytes.any_isa();
-  const double cut = bytes.share();
-  const Inputs<S> in(bytes);
-  const Results<S> out(in, Isa::Default, 1, kFills[0]);
-  expect(out == Results<S>(in, other, cut, kFills[1]), "equal results of both runs");
-  check_results(in, out);
-}
-
 }  // namespace
 }  // namespace torch_routers::fuzz
 
 extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
   using namespace torch_routers::fuzz;
   Bytes bytes(data, size);
-  bytes.pick_type([&]<class S>() { fuzz_entmax<S>(bytes); });
+  bytes.pick_type([&]<class S>() {
+    run_twice<Inputs<S>, Results<S>>(
+        bytes, [](const auto& in, const auto& out) { check_results(in, out); });
+  });
   return 0;
 }

@@ -157,24 +157,15 @@ template <class T> void check_results(const Inputs<T>& in, const Results<T>& out
   }
 }
 
-template <class T> void fuzz_router_losses(Bytes& bytes) {
-  const Isa other = bytes.any_isa();
-  const double cut = bytes.share();
-  const Inputs<T> in(bytes);
-  const Results<T> out(in, Isa::Default, 1, kFills[0]);
-  expect(out == Results<T>(in, other, cut, kFills[1]), "equal results of both runs");
-  check_results(in, out);
-}
-
 }  // namespace
 }  // namespace torch_routers::fuzz
 
 extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
   using namespace torch_routers::fuzz;
   Bytes bytes(data, size);
-  if (bytes.flag())
-    fuzz_router_losses<float>(bytes);
-  else
-    fuzz_router_losses<double>(bytes);
+  bytes.pick_compute_type([&]<class T>() {
+    run_twice<Inputs<T>, Results<T>>(
+        bytes, [](const auto& in, const auto& out) { check_results(in, out); });
+  });
   return 0;
 }

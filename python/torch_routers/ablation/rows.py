@@ -83,12 +83,12 @@ def _hash(settings: Settings, token_counts: Tensor) -> tr.Router:
     )
 
 
+def _sizes(settings: Settings) -> dict[str, int]:
+    return {"hidden_size": settings.hidden_size, "num_experts": settings.num_experts}
+
+
 def _top_k(settings: Settings, *losses: nn.Module, **options: Any) -> tr.Router:
-    return tr.TopKRouter(
-        **{"hidden_size": settings.hidden_size, "num_experts": settings.num_experts}
-        | {"top_k": settings.top_k, "losses": losses}
-        | options
-    )
+    return tr.TopKRouter(**_sizes(settings) | {"top_k": settings.top_k, "losses": losses} | options)
 
 
 def _softmax_balanced(settings: Settings, token_counts: Tensor, **options: Any) -> tr.Router:
@@ -114,8 +114,7 @@ def _sigmoid_bias(settings: Settings, token_counts: Tensor) -> tr.Router:
 
 def _recurrent(settings: Settings, token_counts: Tensor) -> tr.Router:
     return tr.RecurrentRouter(
-        hidden_size=settings.hidden_size,
-        num_experts=settings.num_experts,
+        **_sizes(settings),
         top_k=settings.top_k,
         losses=[tr.losses.LoadBalanceLoss(1e-2)],
     )
@@ -123,32 +122,28 @@ def _recurrent(settings: Settings, token_counts: Tensor) -> tr.Router:
 
 def _entropy(settings: Settings, token_counts: Tensor) -> tr.Router:
     return tr.EntropyRouter(
-        hidden_size=settings.hidden_size,
-        num_experts=settings.num_experts,
+        **_sizes(settings),
         losses=[tr.losses.RoutingEntropyLoss(1e-2), tr.losses.SoftBalanceLoss(1e-3)],
     )
 
 
 def _top_p(settings: Settings, token_counts: Tensor) -> tr.Router:
     return tr.TopPRouter(
-        hidden_size=settings.hidden_size,
-        num_experts=settings.num_experts,
+        **_sizes(settings),
         losses=[tr.losses.LoadBalanceLoss(1e-2, "switch"), tr.losses.EntropyLoss(1e-4)],
     )
 
 
 def _entmax(settings: Settings, token_counts: Tensor) -> tr.Router:
     return tr.EntmaxRouter(
-        hidden_size=settings.hidden_size,
-        num_experts=settings.num_experts,
+        **_sizes(settings),
         losses=[tr.losses.LoadBalanceLoss(1e-2)],
     )
 
 
 def _relu(settings: Settings, token_counts: Tensor) -> tr.Router:
     return tr.ReLURouter(
-        hidden_size=settings.hidden_size,
-        num_experts=settings.num_experts,
+        **_sizes(settings),
         init_std=0.1,
         losses=[
             tr.losses.ActivationLocalityLoss(2e-3),
@@ -159,8 +154,7 @@ def _relu(settings: Settings, token_counts: Tensor) -> tr.Router:
 
 def _smear(settings: Settings, token_counts: Tensor) -> tr.Router:
     return tr.SMEARRouter(
-        hidden_size=settings.hidden_size,
-        num_experts=settings.num_experts,
+        **_sizes(settings),
         segment=max(1, settings.sequence // 4),
         causal=True,
     )
@@ -168,8 +162,7 @@ def _smear(settings: Settings, token_counts: Tensor) -> tr.Router:
 
 def _noisy(settings: Settings, token_counts: Tensor) -> tr.Router:
     return tr.NoisyTopKRouter(
-        hidden_size=settings.hidden_size,
-        num_experts=settings.num_experts,
+        **_sizes(settings),
         top_k=settings.top_k,
         losses=[tr.losses.ImportanceLoss(0.1), tr.losses.LoadLoss(0.1)],
     )

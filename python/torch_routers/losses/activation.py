@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from torch_routers import ops
 from torch_routers.losses.base import RouterLoss
 from torch_routers.routing import Routing
 
@@ -20,8 +21,7 @@ def activation_probs(
 ) -> Tensor:
     r"""How a token's activation is shared by experts, :math:`p_e = h_e / (\sum_i h_i + 10^{-5})`.
 
-    :math:`h` is the normalised activation of `ops.relu_rms_gate` before the gain. Written in plain
-    PyTorch.
+    :math:`h` is the normalised activation, what `ops.relu_rms_gate` returns for gains of 1.
 
     Args:
         logits: ``[..., num_experts]``.
@@ -34,14 +34,8 @@ def activation_probs(
     >>> activation_probs(torch.tensor([0.6, -0.2, 0.3, 0.0]))
     tensor([0.6667, 0.0000, 0.3333, 0.0000])
     """
-    logits = _full_precision(logits)
-    if valid_mask is not None:
-        logits = torch.where(valid_mask.unsqueeze(-1), logits, 0)
-    h = logits.relu()
-    if norm != "simple":
-        mean = h.mean(-1, keepdim=True) if norm == "centered" else torch.zeros_like(h[..., :1])
-        inverse = ((h - mean).square().mean(-1, keepdim=True) + eps).rsqrt()
-        h = (h - torch.where(h > 0, mean, 0)) * inverse
+    gain = logits.new_ones(logits.shape[-1], dtype=torch.promote_types(logits.dtype, torch.float32))
+    h = ops.relu_rms_gate(logits, gain, eps=eps, norm=norm, valid_mask=valid_mask).weights
     return h / (h.sum(-1, keepdim=True) + 1e-5)
 
 

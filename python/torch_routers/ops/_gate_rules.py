@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from torch_routers._autograd import differentiable, jvp, vmap_by_loop
+from torch_routers._autograd import batched, differentiable, flat, jvp, unflat, vmap_by_loop
 
 _topk_op = torch.ops.torch_routers.topk_gate.default
 _gate_op = torch.ops.torch_routers.gate.default
@@ -127,29 +127,10 @@ def _double_backward(ctx, grad):
 
 def _backward_jvp(ctx, *tangents):
     function, inputs, present = _of_gradients_and_logits(ctx)
-    directions = [
-        torch.zeros_like(x) if tangents[i] is None else tangents[i] for i, x in zip(present, inputs)
-    ]
-    return jvp(function, inputs, directions)
+    return jvp(function, inputs, [tangents[i] for i in present])
 
 
 # ---- batching: more tokens, of which each sample is one group of the statistics, or several -----
-
-
-def _batched(info, in_dims, tensors):
-    """Each tensor with the batch as its first dimension; None stays."""
-    return [
-        None
-        if x is None
-        else x.expand(info.batch_size, *x.shape)
-        if dim is None
-        else x.movedim(dim, 0)
-        for x, dim in zip(tensors, in_dims)
-    ]
-
-
-def _flat(x):
-    return None if x is None else x.flatten(0, 1)
 
 
 def _batched_offsets(offsets, logits):
@@ -169,34 +150,32 @@ def _gate_vmap(call, *, selects):
             if bias_dim is not None:
                 return vmap_by_loop(call)(info, in_dims, logits, second, *options, valid_mask,
                                           offsets, statistics)  # fmt: skip
-            (options[8],) = _batched(info, [top_dim], [options[8]])
-            options[8] = _flat(options[8])
+            (options[8],) = batched(info, [top_dim], [options[8]])
+            options[8] = flat(options[8])
         else:
-            (second,) = _batched(info, [in_dims[1]], [second])
-            second = _flat(second)
-        logits, mask, offsets = _batched(
+            (second,) = batched(info, [in_dims[1]], [second])
+            second = flat(second)
+        logits, mask, offsets = batched(
             info, (in_dims[0], mask_dim, offsets_dim), (logits, valid_mask, offsets)
         )
         outputs = call(
-            _flat(logits), second, *options, _flat(mask), _batched_offsets(offsets, logits),
+            flat(logits), second, *options, flat(mask), _batched_offsets(offsets, logits),
             statistics,
         )  # fmt: skip
         # Every result has tokens or groups as its first dimension, or nothing.
-        return tuple(
-            x.unflatten(0, (info.batch_size, x.shape[0] // info.batch_size)) for x in outputs
-        ), (0,) * len(outputs)
+        return tuple(unflat(info, x) for x in outputs), (0,) * len(outputs)
 
     return vmap
 
 
 def _backward_vmap(info, in_dims, *inputs):
     *tensors, score, renormalize, epsilon, scale, valid_mask, offsets = inputs
-    *tensors, mask, offsets = _batched(
+    *tensors, mask, offsets = batched(
         info, (*in_dims[:5], *in_dims[9:]), (*tensors, valid_mask, offsets)
     )
     logits = tensors[3]
     grad = _gate_backward(
-        *map(_flat, tensors), score, renormalize, epsilon, scale, _flat(mask),
+        *map(flat, tensors), score, renormalize, epsilon, scale, flat(mask),
         _batched_offsets(offsets, logits),
     )  # fmt: skip
     return grad.unflatten(0, logits.shape[:2]), 0
@@ -293,9 +272,9 @@ def _select_vmap(info, in_dims, scores, top_k, score, bias, groups, kept, best, 
     if in_dims[3] is not None:
         call = vmap_by_loop(topk_select)
         return call(info, in_dims, scores, top_k, score, bias, groups, kept, best, top, mask)
-    scores, top, mask = _batched(info, (in_dims[0], *in_dims[7:]), (scores, top, mask))
-    tensors = map(_flat, (top, mask))
-    indices = topk_select(_flat(scores), top_k, score, bias, groups, kept, best, *tensors)
+    scores, top, mask = batched(info, (in_dims[0], *in_dims[7:]), (scores, top, mask))
+    tensors = map(flat, (top, mask))
+    indices = topk_select(flat(scores), top_k, score, bias, groups, kept, best, *tensors)
     return indices.unflatten(0, scores.shape[:2]), 0
 
 

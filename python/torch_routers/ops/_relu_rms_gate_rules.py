@@ -54,7 +54,7 @@ def _backward_jvp(ctx, *tangents):
     return jvp(
         lambda *inputs: _plain_backward(*inputs, *ctx.options, valid_mask),
         inputs,
-        [torch.zeros_like(x) if t is None else t for x, t in zip(inputs, tangents)],
+        tangents,
     )
 
 
@@ -86,7 +86,7 @@ def _tangents(ctx, *tangents):
     tangent = jvp(
         lambda *inputs: _plain(*inputs, *ctx.options, valid_mask),
         [logits, gain],
-        [torch.zeros_like(x) if t is None else t for x, t in zip((logits, gain), tangents)],
+        tangents,
     )
     return tangent, None, None
 

@@ -85,7 +85,7 @@ def _backward_jvp(ctx, *tangents):
     return jvp(
         lambda *inputs: _plain_backward(*inputs, *rest),
         inputs,
-        [torch.zeros_like(x) if t is None else t for x, t in zip(inputs, tangents)],
+        tangents,
     )
 
 
@@ -146,7 +146,7 @@ def _tangents(ctx, *tangents):
     tangent = jvp(
         lambda *inputs: _plain(*inputs, *rest)[0],
         inputs,
-        [torch.zeros_like(x) if t is None else t for x, t in zip(inputs, tangents)],
+        tangents,
     )
     return tangent, None
 

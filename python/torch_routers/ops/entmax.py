@@ -12,7 +12,7 @@ the row sums to one: softmax for :math:`\alpha = 1`, sparsemax (arXiv 1602.02068
 import torch
 from torch import Tensor
 
-from torch_routers._autograd import differentiable, vmap_by_loop
+from torch_routers._autograd import batched, differentiable, flat, jvp, unflat, vmap_by_loop
 from torch_routers.ops._check import check, check_dtype, dtype_name
 
 _op = torch.ops.torch_routers.entmax.default
@@ -182,11 +182,7 @@ def _double_backward(ctx, *grads):
 
 
 def _backward_jvp(ctx, *tangents):
-    function, inputs = _differentiated(ctx)
-    outputs, pull_back = torch.func.vjp(function, *inputs)
-    _, push_forward = torch.func.vjp(pull_back, tuple(map(torch.zeros_like, outputs)))
-    directions = tuple(torch.zeros_like(x) if t is None else t for x, t in zip(inputs, tangents))
-    results = push_forward(directions)[0]
+    results = jvp(*_differentiated(ctx), tangents)
     return results if len(results) == 2 else (*results, None)
 
 
@@ -249,14 +245,8 @@ def _vmap(info, in_dims, logits, learned, alpha, valid_mask):
     if in_dims[1] is not None:
         return vmap_by_loop(_entmax)(info, in_dims, logits, learned, alpha, valid_mask)
 
-    def batched(x, dim):
-        x = x.movedim(dim, 0) if dim is not None else x.expand(info.batch_size, *x.shape)
-        return x.flatten(0, 1)
-
-    mask = None if valid_mask is None else batched(valid_mask, in_dims[3])
-    weights, _ = _entmax(batched(logits, in_dims[0]), learned, alpha, mask)
-    tokens = weights.shape[0] // info.batch_size
-    weights = weights.unflatten(0, (info.batch_size, tokens))
+    rows, mask = map(flat, batched(info, (in_dims[0], in_dims[3]), (logits, valid_mask)))
+    weights = unflat(info, _entmax(rows, learned, alpha, mask)[0])
     return (weights, (weights != 0).sum(1)), (0, 0)
 
 

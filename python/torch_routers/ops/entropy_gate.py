@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from torch_routers._autograd import differentiable, jvp
+from torch_routers._autograd import differentiable, jvp, vmap_by_rows
 from torch_routers.ops._check import check, check_dtype
 
 _op = torch.ops.torch_routers.entropy_gate.default
@@ -214,36 +214,14 @@ def _double_gradient(ctx, grad):
 
 def _backward_tangent(ctx, *tangents):
     *inputs, weights, valid_mask = ctx.saved_tensors
-    given = [torch.zeros_like(x) if t is None else t for x, t in zip(inputs, tangents)]
     return jvp(
         lambda *inputs: _plain_backward(*inputs, weights.detach(), valid_mask, ctx.rule),
         inputs,
-        given,
+        tangents,
     )
 
 
-# ---- batching: tokens do not depend on each other ------------------------------------------------
-
-
-def _vmap(call, tensors, results):
-    def vmap(info, in_dims, *inputs):
-        def rows(x, dim):
-            if x is None:
-                return None
-            x = (
-                x.unsqueeze(0).expand(info.batch_size, *x.shape)
-                if dim is None
-                else x.movedim(dim, 0)
-            )
-            return x.flatten(0, 1)
-
-        of_rows = (rows(x, dim) for x, dim in zip(inputs[:tensors], in_dims))
-        outputs = call(*of_rows, *inputs[tensors:])
-        if results == 1:
-            return outputs.unflatten(0, (info.batch_size, -1)), 0
-        return tuple(x.unflatten(0, (info.batch_size, -1)) for x in outputs), (0,) * results
-
-    return vmap
+# ---- the operators: tokens do not depend on each other -------------------------------------------
 
 
 _entropy_gate_backward = differentiable(
@@ -251,12 +229,12 @@ _entropy_gate_backward = differentiable(
     setup_context=_setup_backward,
     backward=_double_gradient,
     jvp=_backward_tangent,
-    vmap=_vmap(lambda *inputs: _entropy_gate_backward(*inputs), 5, 1),
+    vmap=vmap_by_rows(lambda *inputs: _entropy_gate_backward(*inputs), 5),
 )
 _entropy_gate = differentiable(
     _op,
     setup_context=_setup,
     backward=_gradient,
     jvp=_tangent,
-    vmap=_vmap(lambda *inputs: _entropy_gate(*inputs), 2, 2),
+    vmap=vmap_by_rows(lambda *inputs: _entropy_gate(*inputs), 2),
 )

@@ -11,7 +11,7 @@ matrix products are left to PyTorch. ``csrc/gru_cell/gru_cell_kernel.h`` has the
 import torch
 from torch import Tensor
 
-from torch_routers._autograd import differentiable, jvp
+from torch_routers._autograd import differentiable, jvp, vmap_by_rows
 from torch_routers.ops._check import check, check_dtype, dtype_name
 
 _op = torch.ops.torch_routers.gru_cell.default
@@ -148,7 +148,7 @@ def _gradient(ctx, grad_next):
 
 def _tangent(ctx, *tangents):
     *inputs, valid_mask = ctx.saved_tensors
-    return _jvp(lambda *inputs: _plain(*inputs, valid_mask), inputs, tangents[:3])
+    return jvp(lambda *inputs: _plain(*inputs, valid_mask), inputs, tangents[:3])
 
 
 def _double_gradient(ctx, *grads):
@@ -159,35 +159,10 @@ def _double_gradient(ctx, *grads):
 
 def _backward_tangent(ctx, *tangents):
     *inputs, valid_mask = ctx.saved_tensors
-    return _jvp(lambda *inputs: _plain_backward(*inputs, valid_mask), inputs, tangents[:4])
+    return jvp(lambda *inputs: _plain_backward(*inputs, valid_mask), inputs, tangents[:4])
 
 
-def _jvp(function, inputs, tangents):
-    given = [torch.zeros_like(x) if t is None else t for x, t in zip(inputs, tangents)]
-    return jvp(function, inputs, given)
-
-
-# ---- batching: tokens do not depend on each other ------------------------------------------------
-
-
-def _vmap(call, results):
-    def vmap(info, in_dims, *inputs):
-        def rows(x, dim):
-            if x is None:
-                return None
-            x = (
-                x.unsqueeze(0).expand(info.batch_size, *x.shape)
-                if dim is None
-                else x.movedim(dim, 0)
-            )
-            return x.flatten(0, 1)
-
-        outputs = call(*(rows(x, dim) for x, dim in zip(inputs, in_dims)))
-        if results == 1:
-            return outputs.unflatten(0, (info.batch_size, -1)), 0
-        return tuple(x.unflatten(0, (info.batch_size, -1)) for x in outputs), (0,) * results
-
-    return vmap
+# ---- the operators: tokens do not depend on each other -------------------------------------------
 
 
 _gru_cell_backward = differentiable(
@@ -195,12 +170,12 @@ _gru_cell_backward = differentiable(
     setup_context=_setup,
     backward=_double_gradient,
     jvp=_backward_tangent,
-    vmap=_vmap(lambda *inputs: _gru_cell_backward(*inputs), 3),
+    vmap=vmap_by_rows(lambda *inputs: _gru_cell_backward(*inputs), 5),
 )
 _gru_cell = differentiable(
     _op,
     setup_context=_setup,
     backward=_gradient,
     jvp=_tangent,
-    vmap=_vmap(lambda *inputs: _gru_cell(*inputs), 1),
+    vmap=vmap_by_rows(lambda *inputs: _gru_cell(*inputs), 4),
 )

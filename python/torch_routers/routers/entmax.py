@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch_routers import ops
 from torch_routers.losses import RouterLoss
 from torch_routers.routers.base import Router
+from torch_routers.routers.dense import dense_statistics
 from torch_routers.routing import Routing
 
 
@@ -104,42 +105,13 @@ class EntmaxRouter(Router):
         logits = F.linear(x, self.weight.to(x.dtype), bias)
         alpha = self.current_alpha(x.dtype)
         weights, counts = ops.entmax(logits, alpha, valid_mask=valid_mask)
-        statistics = self._statistics(logits, weights, counts, valid_mask, group_offsets)
+        statistics = dense_statistics(
+            logits,
+            weights if self.wants_statistics else None,
+            counts,
+            lambda: weights != 0,
+            valid_mask=valid_mask,
+            group_offsets=group_offsets,
+            per_sample=self.wants_groups,
+        )
         return Routing(weights, None, logits, counts, statistics)
-
-    def _statistics(
-        self,
-        logits: Tensor,
-        weights: Tensor,
-        counts: Tensor,
-        valid_mask: Tensor | None,
-        group_offsets: Tensor | None,
-    ) -> ops.Statistics:
-        """Those of `ops.gate`, with the weights as scores, by a few sums of PyTorch."""
-        lse = score_sums = None
-        tokens = weights.flatten(0, -2) if weights.dim() > 1 else weights.unsqueeze(0)
-        valid = tokens.new_ones(tokens.shape[0], dtype=torch.int64)
-        if valid_mask is not None:
-            valid = valid_mask.reshape(-1).long()
-        if self.wants_statistics:
-            lse = logits.logsumexp(-1)
-            lse = lse if valid_mask is None else torch.where(valid_mask, lse, 0)
-        if group_offsets is not None:
-            token = torch.arange(tokens.shape[0], device=tokens.device)
-            group = torch.searchsorted(group_offsets[1:].contiguous(), token, right=True)
-
-            def of_groups(values: Tensor) -> Tensor:
-                empty = values.new_zeros(group_offsets.shape[0] - 1, *values.shape[1:])
-                return empty.index_add(0, group, values)
-
-        else:
-            samples = weights.shape[0] if self.wants_groups and weights.dim() > 2 else 1
-
-            def of_groups(values: Tensor) -> Tensor:
-                return values.unflatten(0, (samples, values.shape[0] // max(1, samples))).sum(1)
-
-        if self.wants_statistics:
-            score_sums = of_groups(tokens)
-        one_group = group_offsets is None and not (self.wants_groups and weights.dim() > 2)
-        counts = counts.unsqueeze(0) if one_group else of_groups((tokens != 0).long())
-        return ops.Statistics(lse, score_sums, counts, of_groups(valid))

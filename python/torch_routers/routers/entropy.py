@@ -11,6 +11,7 @@ from torch_routers import ops
 from torch_routers.losses import RouterLoss
 from torch_routers.ops.entropy_gate import CROSSINGS, ENTROPIES
 from torch_routers.routers.base import Router, check_choice
+from torch_routers.routers.dense import dense_statistics
 from torch_routers.routing import Routing
 
 
@@ -83,28 +84,35 @@ class EntropyRouter(Router):
     def reset_parameters(self) -> None:
         nn.init.uniform_(self.weight, -(self.hidden_size**-0.5), self.hidden_size**-0.5)
 
-    def route(self, x: Tensor, *, valid_mask: Tensor | None, **context: Any) -> Routing:
+    def route(
+        self,
+        x: Tensor,
+        *,
+        valid_mask: Tensor | None,
+        group_offsets: Tensor | None = None,
+        **context: Any,
+    ) -> Routing:
         self.check_hidden_size(x)
         x = self.full_precision(x)
         logits = F.linear(x, self.weight.to(x.dtype))
         weights, entropy = self._gate(logits, valid_mask)
-        counts = (weights != 0).reshape(-1, self.num_experts).sum(0)
-        statistics = self._statistics(logits, counts, valid_mask) if self.wants_statistics else None
+        active = weights != 0
+        counts = active.reshape(-1, self.num_experts).sum(0)
+        scores = None
+        if self.wants_statistics:
+            scores = logits.softmax(-1)
+            if valid_mask is not None:
+                scores = torch.where(valid_mask.unsqueeze(-1), scores, 0)
+        statistics = dense_statistics(
+            logits,
+            scores,
+            counts,
+            lambda: active,
+            valid_mask=valid_mask,
+            group_offsets=group_offsets,
+            per_sample=self.wants_groups,
+        )
         return Routing(weights, None, logits, counts, statistics, entropy=entropy)
-
-    def _statistics(
-        self, logits: Tensor, counts: Tensor, valid_mask: Tensor | None
-    ) -> ops.Statistics:
-        """In plain PyTorch, for one group of all tokens."""
-        valid = (logits != -torch.inf).any(-1)
-        if valid_mask is not None:
-            valid = valid & valid_mask
-        rows = valid.unsqueeze(-1)
-        safe = torch.where(rows, logits, 0)
-        lse = torch.where(valid, safe.logsumexp(-1), -torch.inf)
-        score_sums = torch.where(rows, safe.softmax(-1), 0).reshape(-1, self.num_experts).sum(0)
-        tokens = valid.sum() if valid_mask is None else valid_mask.sum()
-        return ops.Statistics(lse, score_sums[None], counts[None], tokens[None])
 
     def _gate(self, logits: Tensor, valid_mask: Tensor | None) -> ops.EntropyGate:
         return ops.entropy_gate(

@@ -11,6 +11,7 @@ from torch_routers import ops
 from torch_routers.losses import RouterLoss
 from torch_routers.losses.activation import activation_probs
 from torch_routers.routers.base import Router, check_choice
+from torch_routers.routers.dense import dense_statistics
 from torch_routers.routing import Routing
 
 
@@ -78,33 +79,32 @@ class ReLURouter(Router):
         nn.init.normal_(self.weight, std=self.init_std)
         nn.init.ones_(self.gain)
 
-    def route(self, x: Tensor, *, valid_mask: Tensor | None, **context: Any) -> Routing:
+    def route(
+        self,
+        x: Tensor,
+        *,
+        valid_mask: Tensor | None,
+        group_offsets: Tensor | None = None,
+        **context: Any,
+    ) -> Routing:
         self.check_hidden_size(x)
         x = self.full_precision(x)
         logits = F.linear(x, self.weight.to(x.dtype))
         weights, _, counts = ops.relu_rms_gate(
             logits, self.gain, eps=self.eps, norm=self.norm, valid_mask=valid_mask
         )
-        statistics = self._statistics(logits, counts, valid_mask)
+        scores = None
+        if self.wants_statistics:
+            scores = activation_probs(logits, valid_mask, eps=self.eps, norm=self.norm)
         if valid_mask is not None:  # for the losses, which do not see the mask
             logits = torch.where(valid_mask.unsqueeze(-1), logits, -torch.inf)
+        statistics = dense_statistics(
+            logits,
+            scores,
+            counts,
+            lambda: logits > 0,
+            valid_mask=valid_mask,
+            group_offsets=group_offsets,
+            per_sample=self.wants_groups,
+        )
         return Routing(weights, None, logits, counts, statistics)
-
-    def _statistics(
-        self, logits: Tensor, counts: Tensor, valid_mask: Tensor | None
-    ) -> ops.Statistics:
-        """In plain PyTorch; a group per sample where losses want them."""
-        valid = torch.ones_like(logits[..., 0], dtype=torch.bool)
-        if valid_mask is not None:
-            valid = valid_mask
-        groups = logits.shape[0] if self.wants_groups and logits.dim() > 2 else 1
-        lse = sums = None
-        if self.wants_statistics:
-            lse = torch.where(valid, logits.logsumexp(-1), 0)
-            probs = activation_probs(logits, valid, eps=self.eps, norm=self.norm)
-            sums = probs.reshape(groups, -1, self.num_experts).sum(1)
-        counts = counts[None]
-        if groups > 1:
-            active = (logits > 0) & valid.unsqueeze(-1)
-            counts = active.reshape(groups, -1, self.num_experts).sum(1)
-        return ops.Statistics(lse, sums, counts, valid.reshape(groups, -1).sum(1))
