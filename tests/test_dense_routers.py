@@ -89,12 +89,13 @@ def test_balance_loss_equals_its_formula(name):
 
 @every_router
 def test_a_token_without_experts_makes_no_nan(name):
-    each = router(name, tr.losses.ZLoss(1.0))
+    each = router(name, tr.losses.ZLoss(1.0), tr.losses.LoadBalanceLoss(1.0))
     each.weight.data[:] = -torch.inf
-    x = inputs(2).abs().requires_grad_()
-    routing = each(x)
+    routing = each(inputs(2).abs())
     assert (routing.weights == 0).all()
-    assert routing.losses["z"] == 0
+    assert routing.losses["z"] == 0 and routing.losses["load_balance"] == 0
+    (of_logits,) = torch.autograd.grad(routing.aux_loss, routing.logits)
+    assert of_logits.isfinite().all()
 
 
 @pytest.mark.parametrize("masked", [False, True])

@@ -100,9 +100,10 @@ class EntropyRouter(Router):
         counts = active.reshape(-1, self.num_experts).sum(0)
         scores = None
         if self.wants_statistics:
-            scores = logits.softmax(-1)
+            live = (logits != -torch.inf).any(-1, keepdim=True)  # of others they would be NaN
             if valid_mask is not None:
-                scores = torch.where(valid_mask.unsqueeze(-1), scores, 0)
+                live = live & valid_mask.unsqueeze(-1)
+            scores = torch.where(live, torch.where(live, logits, 0).softmax(-1), 0)
         statistics = dense_statistics(
             logits,
             scores,
