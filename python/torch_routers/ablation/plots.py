@@ -20,7 +20,7 @@ from torch_routers.ablation.statistics import spread
 # Okabe and Ito: told apart by colour-blind readers; lines and markers differ as well.
 COLOURS = ("#000000", "#E69F00", "#0072B2", "#009E73", "#CC79A7", "#D55E00", "#56B4E9")
 LINES = ("-", "--", "-.", ":")
-MARKERS = "osD^vPX"
+MARKERS = "osD^vPX*"  # one more than colours: pairs repeat after 56 rows
 SMOOTHING = 0.05
 """The part of the curve over which a point is a mean."""
 
