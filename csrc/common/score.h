@@ -19,9 +19,13 @@ template <class T> TORCH_ROUTERS_HOST_DEVICE static inline Bits<T> rank_key(T lo
   return logit != logit ? ~Bits<T>{0} : key;
 }
 
-// e^x by x = n ln 2 + r, |r| <= ln 2 / 2, and a polynomial in r; within 1.5 units in the last place
-// where the result is normal. 2^n is applied in two steps, so that results may be subnormal.
-TORCH_ROUTERS_HOST_DEVICE static inline float own_exp(float x) {
+// e^x by x = n ln 2 + r, |r| <= ln 2 / 2, and a polynomial in r. 2^n is applied in two steps, so that
+// results may be subnormal.
+template <class T> struct ExpParts {
+  T less_one;     // e^r - 1
+  T scale, rest;  // 2^n = scale * rest
+};
+TORCH_ROUTERS_HOST_DEVICE static inline ExpParts<float> exp_parts(float x) {
   constexpr float kRound = 0x1.8p23f;  // added and subtracted again, it rounds to an integer
   x = x < -104.0f ? -104.0f : x;       // NaN passes both
   x = x > 89.0f ? 89.0f : x;
@@ -33,14 +37,12 @@ TORCH_ROUTERS_HOST_DEVICE static inline float own_exp(float x) {
   p = p * r + 0x1.555518p-5f;
   p = p * r + 0x1.5554dcp-3f;
   p = p * r + 0.5f;
-  p = p * r * r + r + 1.0f;
   const std::uint32_t power = bit_cast<std::uint32_t>(shifted) - bit_cast<std::uint32_t>(kRound);
   const std::uint32_t half = static_cast<std::uint32_t>(static_cast<std::int32_t>(power) >> 1);
   const auto scale = [](std::uint32_t k) { return bit_cast<float>((k + 127u) << 23); };
-  return p * scale(half) * scale(power - half);
+  return {p * r * r + r, scale(half), scale(power - half)};
 }
-
-TORCH_ROUTERS_HOST_DEVICE static inline double own_exp(double x) {
+TORCH_ROUTERS_HOST_DEVICE static inline ExpParts<double> exp_parts(double x) {
   constexpr double kRound = 0x1.8p52;
   x = x < -746.0 ? -746.0 : x;
   x = x > 710.0 ? 710.0 : x;
@@ -59,26 +61,62 @@ TORCH_ROUTERS_HOST_DEVICE static inline double own_exp(double x) {
   p = p * r + 1.0 / 24.0;
   p = p * r + 1.0 / 6.0;
   p = p * r + 0.5;
-  p = p * r * r + r + 1.0;
   const std::uint64_t power = bit_cast<std::uint64_t>(shifted) - bit_cast<std::uint64_t>(kRound);
   const std::uint64_t half = static_cast<std::uint64_t>(static_cast<std::int64_t>(power) >> 1);
   const auto scale = [](std::uint64_t k) { return bit_cast<double>((k + 1023u) << 52); };
-  return p * scale(half) * scale(power - half);
+  return {p * r * r + r, scale(half), scale(power - half)};
 }
 
-// ln x of a normal x >= 1, infinity or NaN, by x = 2^n m, m in [sqrt(1/2), sqrt 2), and
-// ln m = 2 atanh((m - 1) / (m + 1)). In double for float too: a row needs it once.
+// e^x, within 1.5 units in the last place where the result is normal.
+template <class T> TORCH_ROUTERS_HOST_DEVICE static inline T own_exp(T x) {
+  const ExpParts<T> parts = exp_parts(x);
+  return (parts.less_one + T{1}) * parts.scale * parts.rest;
+}
+// e^x - 1 where e^x does not overflow, with the digits of small x.
+template <class T> TORCH_ROUTERS_HOST_DEVICE static inline T own_expm1(T x) {
+  const ExpParts<T> parts = exp_parts(x);
+  const T scale = parts.scale * parts.rest;
+  return scale * parts.less_one + (scale - T{1});
+}
+
+// ln x of a normal x > 0, infinity or NaN, by x = 2^n m, m in [sqrt(1/2), sqrt 2), and
+// ln m = 2 atanh((m - 1) / (m + 1)).
 TORCH_ROUTERS_HOST_DEVICE static inline double own_log(double x) {
-  const auto bits = bit_cast<std::uint64_t>(x);
-  if (!(x < bit_cast<double>(std::uint64_t{0x7ff} << 52))) return x;  // infinity, NaN
   constexpr std::uint64_t kHalf = std::uint64_t{0x3fe6a09e667f3bcd};  // sqrt(1/2)
-  const auto n = static_cast<std::int64_t>(bits - kHalf) >> 52;
-  const auto m = bit_cast<double>(bits - (static_cast<std::uint64_t>(n) << 52));
+  constexpr std::uint64_t kOffset = std::uint64_t{1024} << 52, kTwo52 = std::uint64_t{1075} << 52;
+  const auto bits = bit_cast<std::uint64_t>(x);
+  const std::uint64_t power = (bits - kHalf + kOffset) >> 52;  // n + 1024
+  const auto n = bit_cast<double>(power | kTwo52) - (0x1p52 + 1024.0);
+  const auto m = bit_cast<double>(bits - (power << 52) + kOffset);
   const double s = (m - 1.0) / (m + 1.0), z = s * s;
   double p = 1.0 / 21.0;
-  for (int k = 19; k >= 3; k -= 2) p = p * z + 1.0 / k;
-  const double tail = 2.0 * s * z * p + static_cast<double>(n) * 0x1.a39ef35793c76p-33;
-  return static_cast<double>(n) * 0x1.62e42fee00000p-1 + (2.0 * s + tail);
+  p = p * z + 1.0 / 19.0;
+  p = p * z + 1.0 / 17.0;
+  p = p * z + 1.0 / 15.0;
+  p = p * z + 1.0 / 13.0;
+  p = p * z + 1.0 / 11.0;
+  p = p * z + 1.0 / 9.0;
+  p = p * z + 1.0 / 7.0;
+  p = p * z + 1.0 / 5.0;
+  p = p * z + 1.0 / 3.0;
+  const double tail = 2.0 * s * z * p + n * 0x1.a39ef35793c76p-33;
+  const double result = n * 0x1.62e42fee00000p-1 + (2.0 * s + tail);
+  return x < __builtin_huge_val() ? result : x;
+}
+TORCH_ROUTERS_HOST_DEVICE static inline float own_log(float x) {
+  constexpr std::uint32_t kHalf = 0x3f3504f3;
+  const auto bits = bit_cast<std::uint32_t>(x);
+  const auto power = static_cast<std::int32_t>(bits - kHalf) >> 23;
+  const auto n = static_cast<float>(power);
+  const auto m = bit_cast<float>(bits - (static_cast<std::uint32_t>(power) << 23));
+  const float s = (m - 1.0f) / (m + 1.0f), z = s * s;
+  float p = 1.0f / 9.0f;
+  p = p * z + 1.0f / 7.0f;
+  p = p * z + 1.0f / 5.0f;
+  p = p * z + 1.0f / 3.0f;
+  const float tail = 2.0f * s * z * p + n * -0x1.bd0106p-13f;
+  const float result = n * 0x1.63p-1f + (2.0f * s + tail);
+  return x < __builtin_huge_valf() ? result : x;
 }
 
 // ln(1 + u) for u in [0, 1], as 2 atanh(u / (2 + u)).

@@ -1,6 +1,6 @@
-// The row of entropy_gate_kernel.h, written once. `Lanes` are those that share a row: one on the CPU,
-// a warp on CUDA; each takes the experts first, first + step, ..., and sees what all of them have by
-// lanes.sum and lanes.max.
+// Formulas of entropy_gate_kernel.h, shared by CPU and CUDA, and the row of a token as `Lanes` share
+// it: one lane on the CPU, a warp on CUDA; each takes the experts first, first + step, ..., and sees
+// what all of them have by lanes.sum and lanes.max.
 #pragma once
 
 #include "common/score.h"
@@ -11,91 +11,99 @@ namespace torch_routers {
 // Unnamed, for the reason why functions are `static` here: see common/scalar.h.
 namespace {
 
-// ln x of any x >= 0; what is below the smallest normal number counts as 0.
-TORCH_ROUTERS_HOST_DEVICE static inline double log_or_zero(double x) {
-  return x < 2.3e-308 ? 0 : own_log(x);
-}
-// x^y of x >= 0, 0 for x = 0.
-TORCH_ROUTERS_HOST_DEVICE static inline double power(double x, double y) {
-  return x < 2.3e-308 ? 0 : own_exp(y * own_log(x));
-}
-
-// e^x - 1, whose digits do not cancel near 0.
-TORCH_ROUTERS_HOST_DEVICE static inline double own_expm1(double x) {
-  if (x < -0.125 || x > 0.125) return own_exp(x) - 1;
-  double series = 1;  // 1 + x / 2 (1 + x / 3 (...)), the next term below 2^-60
-  for (int n = 13; n >= 2; --n) series = 1 + x / n * series;
-  return x * series;
-}
-// x - x^y of x >= 0.
-TORCH_ROUTERS_HOST_DEVICE static inline double less_its_power(double x, double y) {
-  return x < 2.3e-308 ? 0 : -x * own_expm1((y - 1) * own_log(x));
-}
-
-// Entropies as sums over the experts, and their slopes.
-struct EntropyFormula {
+// All entropies come from one sum, that of x u(x) over x = p + epsilon, where
+//   u(x) = (1 - x^(q - 1)) / (q - 1),  -ln x for q = 1
+// and all slopes, up to what is equal for all experts, are factor(sum) u(x).
+template <class T> struct EntropyFormula {
   Entropy entropy;
-  double q, epsilon, largest;
   bool shannon;
-  double missing;  // what the sum over p' lacks to a 1 in the numerator
+  T epsilon, exponent, inverse;  // q - 1, 1 / (1 - q)
+  double q, largest;             // the largest sum, of equal shares
+  double missing;                // what sum p'^q lacks to sum p, or the latter to the 1 of the formula
 
   TORCH_ROUTERS_HOST_DEVICE EntropyFormula(const EntropyRule& rule, std::int64_t experts)
-      : entropy(rule.entropy), q(rule.q), epsilon(rule.epsilon), missing(0) {
+      : entropy(rule.entropy), epsilon(static_cast<T>(rule.epsilon)), q(rule.q), missing(0) {
     const double distance = q < 1 ? 1 - q : q - 1, size = static_cast<double>(experts);
     shannon = distance < 1e-4;
+    exponent = static_cast<T>(q - 1);
+    inverse = static_cast<T>(1 / (1 - q));
     largest = own_log(size);
-    if (entropy == Entropy::Tsallis && !shannon) {
-      largest = -own_expm1((1 - q) * largest) / (q - 1);
-      if (distance >= 1e-2) missing = -size * epsilon / (q - 1);
+    if (shannon) return;
+    if (entropy == Entropy::Renyi) {
+      missing = size * rule.epsilon + 1e-10;
+    } else {
+      largest = own_expm1((1 - q) * largest) / (1 - q);
+      if (distance >= 1e-2) missing = size * rule.epsilon / (1 - q);
     }
   }
 
-  // What an expert adds.
-  TORCH_ROUTERS_HOST_DEVICE double term(double p) const {
-    const double x = p + epsilon;
-    if (shannon) return -x * log_or_zero(x);
-    if (entropy == Entropy::Renyi) return power(x, q);
-    return less_its_power(x, q) / (q - 1);
+  // u; 0 where x^(q - 1) is not finite, what it is multiplied by being 0.
+  template <bool kShannon> TORCH_ROUTERS_HOST_DEVICE T u_of(T x) const {
+    constexpr T kSmallest = sizeof(T) == 4 ? T(0x1p-126) : T(0x1p-1022);
+    const T log = own_log(x);
+    const T result = kShannon ? -log : own_expm1(exponent * log) * inverse;
+    return x < kSmallest ? T{0} : result;
   }
+  TORCH_ROUTERS_HOST_DEVICE T u(T x) const { return shannon ? u_of<true>(x) : u_of<false>(x); }
+
   TORCH_ROUTERS_HOST_DEVICE double value(double sum) const {
-    if (shannon) return sum / largest;
-    if (entropy == Entropy::Renyi) return own_log(sum + 1e-10) / ((1 - q) * largest);
-    return (sum + missing) / largest;
+    if (shannon || entropy == Entropy::Tsallis) return (sum + missing) / largest;
+    return own_log(1 + (missing - (q - 1) * sum)) / ((1 - q) * largest);
   }
-  // dH / dp of an expert, up to what is equal for all; `sum` is that of the terms.
-  TORCH_ROUTERS_HOST_DEVICE double slope(double p, double sum) const {
-    const double x = p + epsilon;
-    if (shannon) return -log_or_zero(x) / largest;
-    if (entropy == Entropy::Renyi) return q * power(x, q - 1) / ((1 - q) * (sum + 1e-10) * largest);
-    return (1 - q * power(x, q - 1)) / ((q - 1) * largest);
+  TORCH_ROUTERS_HOST_DEVICE T factor(double sum) const {
+    const double power = 1 + (missing - (q - 1) * sum);  // sum p'^q
+    if (shannon) return static_cast<T>(1 / largest);
+    return static_cast<T>(q / (largest * (entropy == Entropy::Renyi ? power : 1)));
   }
 };
+
+// Whether the place of expert e, whose logit has this key, in the descending order of the experts is
+// behind another one.
+template <class T> struct Place {
+  Bits<T> key;
+  std::int64_t expert;
+
+  TORCH_ROUTERS_HOST_DEVICE bool behind(const Place& other) const {
+    return key < other.key || (key == other.key && expert > other.expert);
+  }
+};
+
+// Whether an expert is kept that is in place j; before, with: the sums of the probabilities without
+// and with it.
+template <class T>
+TORCH_ROUTERS_HOST_DEVICE static inline bool is_kept(const EntropyRule& rule, std::int64_t j,
+                                                     T before, T with) {
+  const T limit = static_cast<T>(rule.top_p);
+  const bool fits = rule.crossing == Crossing::Below      ? with <= limit
+                    : rule.crossing == Crossing::Reaching ? j == 0 || before < limit
+                                                          : j == 0 || before <= limit;
+  return fits || j < rule.keep_top_k;
+}
+
+template <class T>
+TORCH_ROUTERS_HOST_DEVICE static inline bool keeps_all(const EntropyRule& rule, T entropy) {
+  return rule.soft && static_cast<double>(entropy) > rule.threshold;
+}
+
+// ---- rows ----------------------------------------------------------------------------------------
 
 // The softmax of a row: z to p.
 template <class T> struct Probabilities {
   const T* logits;
-  std::int64_t experts;
   T largest, sum;
-  double wide_sum = 0;
 
   template <class Lanes>
   TORCH_ROUTERS_HOST_DEVICE Probabilities(const T* logits, std::int64_t experts, const Lanes& lanes)
-      : logits(logits), experts(experts), largest(-static_cast<T>(__builtin_huge_val())), sum(0) {
+      : logits(logits), largest(-static_cast<T>(__builtin_huge_val())), sum(0) {
     for (std::int64_t e = lanes.first; e < experts; e += lanes.step)
       if (logits[e] > largest) largest = logits[e];
     largest = lanes.max(largest);
     for (std::int64_t e = lanes.first; e < experts; e += lanes.step)
-      wide_sum += static_cast<double>(exponential(e));
-    wide_sum = lanes.sum(wide_sum);
-    sum = static_cast<T>(wide_sum);
+      sum += own_exp(logits[e] - largest);
+    sum = lanes.sum(sum);
   }
-  TORCH_ROUTERS_HOST_DEVICE T exponential(std::int64_t e) const {
-    return own_exp(logits[e] - largest);
-  }
-  TORCH_ROUTERS_HOST_DEVICE T operator[](std::int64_t e) const { return exponential(e) / sum; }
-  // For entropies, in which what a sum of rounded probabilities lacks to 1 is divided by q - 1.
-  TORCH_ROUTERS_HOST_DEVICE double wide(std::int64_t e) const {
-    return static_cast<double>(exponential(e)) / wide_sum;
+  TORCH_ROUTERS_HOST_DEVICE T operator[](std::int64_t e) const {
+    return own_exp(logits[e] - largest) / sum;
   }
 };
 
@@ -110,37 +118,23 @@ TORCH_ROUTERS_HOST_DEVICE static inline bool has_none(const EntropyGateInputs<T>
   return lanes.max(any ? 1.0f : 0.0f) == 0;
 }
 
-// A place in the descending order of the experts.
-template <class T> struct Place {
-  Bits<T> key;
-  std::int64_t expert;
-
-  // Whether this comes behind another one.
-  TORCH_ROUTERS_HOST_DEVICE bool behind(const Place& other) const {
-    return key < other.key || (key == other.key && expert > other.expert);
-  }
-};
-
 // The last place that is kept.
 template <class T, class Lanes>
 TORCH_ROUTERS_HOST_DEVICE static inline Place<T> last_kept(const Probabilities<T>& p,
+                                                           std::int64_t experts,
                                                            const EntropyRule& rule,
                                                            const Lanes& lanes) {
   Place<T> last{~Bits<T>{0}, -1};
-  T before = 0;  // the sum of the probabilities so far
-  for (std::int64_t j = 0; j < p.experts; ++j) {
-    Place<T> next{0, p.experts};  // no logit has the key 0
-    for (std::int64_t e = lanes.first; e < p.experts; e += lanes.step) {
+  T before = 0;
+  for (std::int64_t j = 0; j < experts; ++j) {
+    Place<T> next{0, experts};  // no logit has the key 0
+    for (std::int64_t e = lanes.first; e < experts; e += lanes.step) {
       const Place<T> place{rank_key(p.logits[e]), e};
       if (place.behind(last) && next.behind(place)) next = place;
     }
     next = lanes.best(next);
     const T with = before + p[next.expert];
-    const T limit = static_cast<T>(rule.top_p);
-    const bool fits = rule.crossing == Crossing::Below      ? with <= limit
-                      : rule.crossing == Crossing::Reaching ? j == 0 || before < limit
-                                                            : j == 0 || before <= limit;
-    if (!fits && j >= rule.keep_top_k) break;
+    if (!is_kept(rule, j, before, with)) break;
     last = next;
     before = with;
   }
@@ -161,15 +155,19 @@ TORCH_ROUTERS_HOST_DEVICE static inline void entropy_gate_row(const EntropyGate<
     return;
   }
   const Probabilities<T> probabilities(logits, p.experts, lanes);
-  const EntropyFormula formula(p.rule, p.experts);
+  const EntropyFormula<T> formula(p.rule, p.experts);
   double sum = 0;
-  for (std::int64_t e = lanes.first; e < p.experts; e += lanes.step)
-    sum += formula.term(probabilities.wide(e));
-  const double entropy = p.experts == 1 ? 0 : formula.value(lanes.sum(sum));
-  if (lanes.first == 0) p.entropy[token] = static_cast<T>(entropy);
+  for (std::int64_t e = lanes.first; e < p.experts; e += lanes.step) {
+    const T x = probabilities[e] + formula.epsilon;
+    sum += static_cast<double>(x * formula.u(x));
+  }
+  sum = lanes.sum(sum);
+  const T entropy = p.experts == 1 ? T{0} : static_cast<T>(formula.value(sum));
+  if (lanes.first == 0) p.entropy[token] = entropy;
 
-  const bool all = p.rule.soft && static_cast<double>(static_cast<T>(entropy)) > p.rule.threshold;
-  const Place<T> last = all ? Place<T>{0, p.experts} : last_kept(probabilities, p.rule, lanes);
+  const Place<T> last = keeps_all(p.rule, entropy)
+                            ? Place<T>{0, p.experts}
+                            : last_kept(probabilities, p.experts, p.rule, lanes);
   T kept = 0;
   for (std::int64_t e = lanes.first; e < p.experts; e += lanes.step) {
     const bool is_kept = !Place<T>{rank_key(logits[e]), e}.behind(last);
@@ -198,27 +196,25 @@ TORCH_ROUTERS_HOST_DEVICE static inline void entropy_gate_row(const EntropyGateB
     if (weights[e] != 0) dot += weights[e] * grad[e];
   dot = lanes.sum(dot);
   const Probabilities<T> probabilities(logits, p.experts, lanes);
-  const EntropyFormula formula(p.rule, p.experts);
-  const double of_entropy = p.experts == 1 ? 0 : static_cast<double>(p.grad_entropy[token]);
-  double sum = 0, mean_slope = 0;
+  const EntropyFormula<T> formula(p.rule, p.experts);
+  const T of_entropy = p.experts == 1 ? T{0} : p.grad_entropy[token];
+  double sum = 0, mean = 0;
   if (of_entropy != 0) {
-    for (std::int64_t e = lanes.first; e < p.experts; e += lanes.step)
-      sum += formula.term(probabilities.wide(e));
-    sum = lanes.sum(sum);
     for (std::int64_t e = lanes.first; e < p.experts; e += lanes.step) {
-      const auto x = probabilities.wide(e);
-      if (x != 0) mean_slope += x * formula.slope(x, sum);
+      const T x = probabilities[e], u = formula.u(x + formula.epsilon);
+      sum += static_cast<double>((x + formula.epsilon) * u);
+      mean += static_cast<double>(x * u);
     }
-    mean_slope = lanes.sum(mean_slope);
+    sum = lanes.sum(sum);
+    mean = lanes.sum(mean);
   }
+  const T scale = of_entropy == 0 ? T{0} : of_entropy * formula.factor(sum);
   for (std::int64_t e = lanes.first; e < p.experts; e += lanes.step) {
     const T x = probabilities[e];
     T result = weights[e] == 0 ? T{0} : weights[e] * grad[e];
     result -= (p.rule.renormalize ? weights[e] : x) * dot;
-    if (of_entropy != 0 && x != 0) {
-      const double wide = probabilities.wide(e);
-      result += static_cast<T>(of_entropy * wide * (formula.slope(wide, sum) - mean_slope));
-    }
+    if (of_entropy != 0 && x != 0)
+      result += scale * x * (formula.u(x + formula.epsilon) - static_cast<T>(mean));
     grad_logits[e] = result;
   }
 }

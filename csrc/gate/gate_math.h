@@ -23,7 +23,7 @@ template <class T> struct Softmax {
   }
   TORCH_ROUTERS_HOST_DEVICE T probability(T logit) const { return own_exp(logit - max) * scale; }
   TORCH_ROUTERS_HOST_DEVICE T lse() const {
-    return sum == 0 ? kLowest<T> : static_cast<T>(max + own_log(sum));
+    return sum == 0 ? kLowest<T> : static_cast<T>(max + own_log(static_cast<double>(sum)));
   }
 };
 

@@ -226,7 +226,7 @@ void gate_tile(const Gate<S>& p, int64_t first, int64_t count, int64_t* counts,
 
   alignas(64) Lanes<C> lse, factor;
   each_lane([&](int l) {
-    lse[l] = tile.sum[l] == 0 ? kLowest<C> : static_cast<C>(tile.max[l] + own_log(tile.sum[l]));
+    lse[l] = tile.sum[l] == 0 ? kLowest<C> : static_cast<C>(tile.max[l] + own_log(static_cast<double>(tile.sum[l])));
   });
   for (int64_t l = 0; l < count; ++l) p.lse[first + l] = tile.is_live[l] ? lse[l] : C{0};
   score_tile<kScore>(experts, tile, tile.scores, factor);

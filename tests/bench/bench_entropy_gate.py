@@ -15,7 +15,7 @@ def by_sort(logits):
     p = logits.softmax(-1)
     entropy = (1 - (p + EPSILON).pow(Q).sum(-1)) / (1 - logits.shape[1] ** (1 - Q))
     with torch.no_grad():
-        values, order = p.sort(-1, descending=True, stable=True)
+        values, order = p.sort(stable=True, dim=-1, descending=True)
         kept = values.cumsum(-1) <= TOP_P
         kept[:, :KEEP] = True
         kept |= (entropy > THRESHOLD)[:, None]
