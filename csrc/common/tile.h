@@ -3,6 +3,7 @@
 #pragma once
 
 #include "common/row.h"
+#include "common/scalar.h"
 #include "common/vector.h"
 
 namespace torch_routers {
@@ -17,6 +18,22 @@ template <class F> static inline void each_lane(const F& f) {
 // f(l) for every kWidth<T>th lane: those from l on are a vector.
 template <class T, class F> static inline void each_vector(const F& f) {
   for (int l = 0; l < kLanes; l += kWidth<T>) f(l);
+}
+
+// result[l] = the sum over the columns of term(e, l), a vector of the lanes from l on: the even ones,
+// then the odd ones.
+template <class T, class Term>
+static inline void sum_tile(std::int64_t columns, const Term& term, Lanes<T>& result) {
+  each_vector<T>([&](int l) {
+    Vector<T> even{}, odd{};
+    std::int64_t e = 0;
+    for (; e + 2 <= columns; e += 2) {
+      even += term(e, l);
+      odd += term(e + 1, l);
+    }
+    if (e < columns) even += term(e, l);
+    store_vector(result + l, even + odd);
+  });
 }
 
 // The columns before the result are transposed, four by four, as far as that goes.

@@ -1,8 +1,7 @@
 // kLanes tokens at a time where experts are few, an expert's numbers of all of them side by side;
 // else row by row. Which one it is depends on the number of experts alone, and the numbers of a token
 // never on its neighbours: a lane that is done stands still.
-#include "common/row.h"
-#include "common/vector.h"
+#include "common/tile.h"
 #include "entmax/entmax_kernel.h"
 #include "entmax/entmax_math.h"
 
@@ -11,13 +10,6 @@ namespace {
 
 using std::int64_t;
 constexpr int64_t kTileExperts = 256;
-
-template <class T> using Lanes = T[kLanes];
-
-// f(l) for the lanes; the loop that becomes vectors.
-template <class F> void each_lane(const F& f) {
-  for (int l = 0; l < kLanes; ++l) f(l);
-}
 
 template <class S> bool is_masked(const Entmax<S>& p, int64_t token) {
   return p.valid && !p.valid[token];
@@ -49,37 +41,21 @@ template <class W> struct Tile {
   bool is_live[kLanes];
 };
 
-template <class W, class S>
-void load_tile(const Entmax<S>& p, int64_t first, int64_t count, Tile<W>& tile) {
-  const S* rows = p.logits + first * p.experts;
-  bool all_live = count == kLanes;
-  for (int64_t l = 0; l < kLanes; ++l) {
-    tile.is_live[l] = l < count && !is_masked(p, first + l);
-    all_live &= tile.is_live[l];
-  }
-  int64_t done = 0;
-  if constexpr (sizeof(S) == 4 && sizeof(W) == 4) {
-    if (all_live)
-      for (int l = 0; l < kLanes; l += 4)
-        for (done = 0; done + 4 <= p.experts; done += 4)
-          transpose_4x4(rows + l * p.experts + done, p.experts, &tile.u[done][l], kLanes);
-  }
-  for (int64_t l = 0; done < p.experts && l < kLanes; ++l)
-    for (int64_t e = done; e < p.experts; ++e)
-      tile.u[e][l] = tile.is_live[l] ? static_cast<W>(load(rows[l * p.experts + e])) : W{0};
-}
-
 // From logits to u, for the first top.
 template <EntmaxKind kKind, class C, class W>
 void scale_tile(const EntmaxMethod<kKind, C>& method, int64_t experts, Tile<W>& tile) {
   alignas(64) Lanes<W> max;
-  each_lane([&](int l) { max[l] = kLowestLogit<W>, tile.is_number[l] = 1; });
-  for (int64_t e = 0; e < experts; ++e)
-    each_lane([&](int l) {
-      const W x = tile.u[e][l];
-      max[l] = x > max[l] ? x : max[l];
-      tile.is_number[l] = x < -kLowestLogit<W> ? tile.is_number[l] : W{0};
-    });
+  each_vector<W>([&](int l) {
+    const Vector<W> lowest = Vector<W>{} + kLowestLogit<W>, zero{};
+    Vector<W> largest = lowest, is_number = zero + 1;
+    for (int64_t e = 0; e < experts; ++e) {
+      const Vector<W> x = load_vector(tile.u[e] + l);
+      largest = x > largest ? x : largest;
+      is_number = x < -lowest ? is_number : zero;
+    }
+    store_vector(max + l, largest);
+    store_vector(tile.is_number + l, is_number);
+  });
   each_lane([&](int l) {
     const bool has_experts = max[l] != kLowestLogit<W>;
     tile.is_active[l] = tile.is_live[l] && has_experts ? tile.is_number[l] : W{0};
@@ -92,8 +68,8 @@ void scale_tile(const EntmaxMethod<kKind, C>& method, int64_t experts, Tile<W>& 
 
 // The sums of all lanes, in two parts.
 template <EntmaxKind kKind, class C, class W>
-void sum_tile(const EntmaxMethod<kKind, C>& method, int64_t experts, const Tile<W>& tile,
-              Lanes<W>& count, Lanes<W>& first, Lanes<W>& second) {
+void entmax_sums(const EntmaxMethod<kKind, C>& method, int64_t experts, const Tile<W>& tile,
+                 Lanes<W>& count, Lanes<W>& first, Lanes<W>& second) {
   if constexpr (kKind == EntmaxKind::General) {
     each_lane([&](int l) { count[l] = first[l] = second[l] = 0; });
     for (int64_t e = 0; e < experts; ++e)
@@ -138,7 +114,7 @@ void solve_tile(const EntmaxMethod<kKind, C>& method, int64_t experts, Tile<W>& 
     for (int l = 0; l < kLanes; ++l)
       search[l] = EntmaxSearch<C>::start(experts, tile.is_active[l] != 0);
     for (int turn = 0; any_active(tile); ++turn) {
-      sum_tile(method, experts, tile, count, first, second);
+      entmax_sums(method, experts, tile, count, first, second);
       for (int l = 0; l < kLanes; ++l) {
         if (!search[l].is_active) continue;
         search[l].advance(method, {count[l], first[l], second[l]}, turn);
@@ -148,12 +124,12 @@ void solve_tile(const EntmaxMethod<kKind, C>& method, int64_t experts, Tile<W>& 
     }
   } else if constexpr (method.kIterates) {
     while (any_active(tile)) {
-      sum_tile(method, experts, tile, count, first, second);
+      entmax_sums(method, experts, tile, count, first, second);
       each_lane([&](int l) {
         const EntmaxSums<W> sums{count[l], first[l], second[l]};
         const auto step = entmax_step<kKind>(tile.top[l], sums);
         tile.top[l] -= tile.is_active[l] != 0 ? step.size : W{0};
-        tile.is_active[l] = step.is_last ? W{0} : tile.is_active[l];
+        tile.is_active[l] = step.is_last != 0 ? W{0} : tile.is_active[l];
       });
     }
   }
@@ -161,30 +137,14 @@ void solve_tile(const EntmaxMethod<kKind, C>& method, int64_t experts, Tile<W>& 
 
 template <EntmaxKind kKind, class C, class W>
 void weigh_tile(const EntmaxMethod<kKind, C>& method, int64_t experts, Tile<W>& tile) {
-  alignas(64) Lanes<W> parts[4] = {};
   for (int64_t e = 0; e < experts; ++e)
-    each_lane([&](int l) {
-      tile.u[e][l] = method.weight(tile.top[l] + tile.u[e][l]);
-      parts[e % 4][l] += tile.u[e][l];
-    });
+    each_lane([&](int l) { tile.u[e][l] = method.weight(tile.top[l] + tile.u[e][l]); });
+  alignas(64) Lanes<W> sum;
+  sum_tile<W>(experts, [&](int64_t e, int l) { return load_vector(tile.u[e] + l); }, sum);
   each_lane([&](int l) {
-    const W sum = (parts[0][l] + parts[1][l]) + (parts[2][l] + parts[3][l]);
-    tile.scale[l] = tile.is_live[l] ? scale_of(sum, tile.is_number[l] != 0) : W{0};
+    tile.scale[l] = tile.is_live[l] ? scale_of(sum[l], tile.is_number[l] != 0) : W{0};
   });
   for (int64_t e = 0; e < experts; ++e) each_lane([&](int l) { tile.u[e][l] *= tile.scale[l]; });
-}
-
-template <class C, class W>
-void store_tile(int64_t experts, int64_t count, const Tile<W>& tile, C* rows) {
-  int64_t done = 0;
-  if constexpr (sizeof(C) == 4 && sizeof(W) == 4) {
-    if (count == kLanes)
-      for (int l = 0; l < kLanes; l += 4)
-        for (done = 0; done + 4 <= experts; done += 4)
-          transpose_4x4(&tile.u[done][l], kLanes, rows + l * experts + done, experts);
-  }
-  for (int64_t l = 0; l < count; ++l)
-    for (int64_t e = done; e < experts; ++e) rows[l * experts + e] = static_cast<C>(tile.u[e][l]);
 }
 
 template <EntmaxKind kKind, class S>
@@ -193,11 +153,12 @@ void entmax_tile(const Entmax<S>& p, const EntmaxMethod<kKind, Compute<S>>& meth
   using C = Compute<S>;
   using W = EntmaxWork<kKind, C>;
   Tile<W> tile;
-  load_tile(p, first, count, tile);
+  for (int64_t l = 0; l < kLanes; ++l) tile.is_live[l] = l < count && !is_masked(p, first + l);
+  load_tile(p.logits + first * p.experts, p.experts, tile.is_live, tile.u);
   scale_tile(method, p.experts, tile);
   solve_tile(method, p.experts, tile);
   weigh_tile(method, p.experts, tile);
-  store_tile(p.experts, count, tile, p.weights + first * p.experts);
+  store_tile(tile.u, p.experts, count, p.weights + first * p.experts);
   for (int64_t e = 0; e < p.experts; ++e) {
     int active = 0;
     each_lane([&](int l) { active += static_cast<C>(tile.u[e][l]) != 0; });
@@ -237,7 +198,7 @@ void entmax_row(const EntmaxMethod<kKind, C>& method, int64_t experts, C* x) {
     for (bool is_active = has_experts && is_number; is_active;) {
       const auto step = entmax_step<kKind>(top, sums_of_row(method, experts, top, x, origin));
       top -= step.size;
-      is_active = !step.is_last;
+      is_active = step.is_last == 0;
     }
   }
   const auto weight = [&](int64_t e) {

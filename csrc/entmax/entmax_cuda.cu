@@ -56,7 +56,7 @@ template <EntmaxKind kKind, class C> __device__ void entmax_row(double alpha, in
     for (bool goes_on = is_active; goes_on;) {
       const auto step = entmax_step<kKind>(top, sums(top));
       top -= step.size;
-      goes_on = !step.is_last;
+      goes_on = step.is_last == 0;
     }
   }
   const W sum = row_sum<W>(experts, [&](int64_t e) { return method.weight(distance(top, e)); });

@@ -84,10 +84,9 @@ TORCH_ROUTERS_HOST_DEVICE inline EntmaxSums<W> entmax_term(const EntmaxMethod<kK
   return {is_inside ? W{1} : W{0}, inside, kKind == EntmaxKind::Root ? p : W{0}};
 }
 
-// How far top goes down, and whether that was the last time.
+// How far top goes down, and whether that was the last time, 0 or 1: loops over them become vectors.
 template <class W> struct EntmaxStep {
-  W size;
-  bool is_last;
+  W size, is_last;
 };
 
 template <EntmaxKind kKind, class W>
@@ -95,14 +94,14 @@ TORCH_ROUTERS_HOST_DEVICE inline EntmaxStep<W> entmax_step(W top, const EntmaxSu
   constexpr bool kFloat = sizeof(W) == 4;
   if constexpr (kKind == EntmaxKind::Simplex) {
     const W size = (sums.first - 1) / sums.count;
-    return {size, !(size > W(kFloat ? 0x1p-22 : 0x1p-51))};
+    return {size, size > W(kFloat ? 0x1p-22 : 0x1p-51) ? W{0} : W{1}};
   }
   const W excess = sums.second - 1, newton = excess / (2 * sums.first);
   // The next step would be as the square of this one: those who are inside stay.
-  const bool is_last = !(newton > W(kFloat ? 1e-4 : 1e-8) * top);
+  const W is_last = newton > W(kFloat ? 1e-4 : 1e-8) * top ? W{0} : W{1};
   const W rest = sums.first * sums.first - sums.count * excess;
   const W exact = excess / (sums.first + own_sqrt(rest > 0 ? rest : W{0}));
-  return {is_last ? exact : newton, is_last};
+  return {is_last != 0 ? exact : newton, is_last};
 }
 
 // General: the largest p of a row, and where it is known to be.

@@ -44,19 +44,15 @@ template <class T> struct Tile {
     for (int l = 0; l < kLanes; ++l) live[l] &= some[l] != 0;
     for (int64_t e = 0; e < experts; ++e)
       each_lane([&](int l) { p[e][l] = own_exp(p[e][l] - largest[l]); });
-    each_vector<T>([&](int l) {
-      Vector<T> total{};
-      for (int64_t e = 0; e < experts; ++e) total += load_vector(p[e] + l);
-      store_vector(sum + l, total);
-    });
+    sum_tile<T>(experts, [&](int64_t e, int l) { return load_vector(p[e] + l); }, sum);
     for (int64_t e = 0; e < experts; ++e) each_lane([&](int l) { p[e][l] /= sum[l]; });
   }
 };
 
 // The sums over experts of (p + epsilon) u, and of p u; u itself where there is space for it.
 template <bool kShannon, class T>
-void sum_tile(const EntropyFormula<T>& formula, int64_t experts, const Tile<T>& tile,
-              Lanes<T>& sum, Lanes<T>& mean, Lanes<T>* u) {
+void entropy_sums(const EntropyFormula<T>& formula, int64_t experts, const Tile<T>& tile,
+                  Lanes<T>& sum, Lanes<T>& mean, Lanes<T>* u) {
   each_lane([&](int l) { sum[l] = mean[l] = 0; });
   for (int64_t e = 0; e < experts; ++e)
     each_lane([&](int l) {
@@ -68,10 +64,10 @@ void sum_tile(const EntropyFormula<T>& formula, int64_t experts, const Tile<T>& 
     });
 }
 template <class T>
-void sum_tile(const EntropyFormula<T>& formula, int64_t experts, const Tile<T>& tile,
-              Lanes<T>& sum, Lanes<T>& mean, Lanes<T>* u) {
-  formula.shannon ? sum_tile<true>(formula, experts, tile, sum, mean, u)
-                  : sum_tile<false>(formula, experts, tile, sum, mean, u);
+void entropy_sums(const EntropyFormula<T>& formula, int64_t experts, const Tile<T>& tile,
+                  Lanes<T>& sum, Lanes<T>& mean, Lanes<T>* u) {
+  formula.shannon ? entropy_sums<true>(formula, experts, tile, sum, mean, u)
+                  : entropy_sums<false>(formula, experts, tile, sum, mean, u);
 }
 
 // The keys of what is kept become kNoKey. Lanes that are not active stay as they are.
@@ -115,7 +111,7 @@ template <class T> void tokens(const EntropyGate<T>& p, int64_t first, int64_t c
   const EntropyFormula<T> formula(p.rule, experts);
   alignas(64) Lanes<T> sum, mean, kept = {};
   bool active[kLanes];
-  sum_tile(formula, experts, tile, sum, mean, {});
+  entropy_sums(formula, experts, tile, sum, mean, {});
   for (int64_t l = 0; l < kLanes; ++l) {
     const T entropy = experts == 1 ? T{0} : static_cast<T>(formula.value(sum[l]));
     if (l < count) p.entropy[first + l] = tile.live[l] ? entropy : T{0};
@@ -144,12 +140,14 @@ template <class T> void tokens(const EntropyGateBackward<T>& p, int64_t first, i
   alignas(64) Lanes<T> weights[kTileExperts], grads[kTileExperts];  // the latter then of logits
   load_tile(p.weights + first * experts, experts, tile.live, weights);
   load_tile(p.grad_weights + first * experts, experts, tile.live, grads);
-  alignas(64) Lanes<T> dot = {}, sum, mean, scale;
-  for (int64_t e = 0; e < experts; ++e)
-    each_lane([&](int l) {
-      const T product = weights[e][l] * grads[e][l];
-      dot[l] += weights[e][l] == 0 ? T{0} : product;
-    });
+  alignas(64) Lanes<T> dot, sum, mean, scale;
+  sum_tile<T>(
+      experts,
+      [&](int64_t e, int l) {
+        const Vector<T> w = load_vector(weights[e] + l), zero{};
+        return w == zero ? zero : w * load_vector(grads[e] + l);
+      },
+      dot);
   bool of_entropy = false;
   for (int64_t l = 0; l < kLanes; ++l) {
     scale[l] = tile.live[l] && experts > 1 ? p.grad_entropy[first + l] : T{0};
@@ -165,7 +163,7 @@ template <class T> void tokens(const EntropyGateBackward<T>& p, int64_t first, i
   if (of_entropy) {
     const EntropyFormula<T> formula(p.rule, experts);
     auto& u = weights;
-    sum_tile(formula, experts, tile, sum, mean, u);
+    entropy_sums(formula, experts, tile, sum, mean, u);
     for (int l = 0; l < kLanes; ++l)
       scale[l] = scale[l] == 0 ? T{0} : scale[l] * formula.factor(sum[l]);
     for (int64_t e = 0; e < experts; ++e)

@@ -19,7 +19,7 @@ template <class T> struct EntropyFormula {
   bool shannon;
   T epsilon, exponent, inverse;  // q - 1, 1 / (1 - q)
   double q, largest;             // the largest sum, of equal shares
-  double missing;                // what sum p'^q lacks to sum p, or the latter to the 1 of the formula
+  double missing;  // what sum p'^q lacks to sum p, or the latter to the 1 of the formula
 
   TORCH_ROUTERS_HOST_DEVICE EntropyFormula(const EntropyRule& rule, std::int64_t experts)
       : entropy(rule.entropy), epsilon(static_cast<T>(rule.epsilon)), q(rule.q), missing(0) {

@@ -2,8 +2,7 @@
 // so that nothing is added or compared across a vector. Included by gate_cpu.cpp alone.
 #pragma once
 
-#include <type_traits>
-
+#include "common/tile.h"
 #include "gate/gate_row.h"
 
 namespace torch_routers::TORCH_ROUTERS_ISA {
@@ -12,8 +11,6 @@ namespace {
 constexpr int64_t kTileExperts = 64, kTileSlots = 16, kNetworkSlots = 8;
 
 bool in_tiles(const GateShape& p) { return p.experts <= kTileExperts && p.slots <= kTileSlots; }
-
-template <class C> using Lanes = C[kLanes];
 
 // Tokens of one segment. A lane without one, or with a masked one, has logits 0 and no slots.
 template <class C> struct Tile {
@@ -26,11 +23,6 @@ template <class C> struct Tile {
   bool is_live[kLanes], all_live;
 };
 
-// f(l) for the lanes; the loop that becomes vectors.
-template <class F> void each_lane(const F& f) {
-  for (int l = 0; l < kLanes; ++l) f(l);
-}
-
 // The sum of term(e, lane) over e, in four parts.
 template <class C, class Term> void sum_lanes(int64_t experts, const Term& term, Lanes<C>& result) {
   alignas(64) Lanes<C> parts[4] = {};
@@ -38,35 +30,15 @@ template <class C, class Term> void sum_lanes(int64_t experts, const Term& term,
   each_lane([&](int l) { result[l] = (parts[0][l] + parts[1][l]) + (parts[2][l] + parts[3][l]); });
 }
 
-// Four by four where that is possible: those of the experts before the result.
-int64_t transpose_tile(const float* rows, int64_t experts, Lanes<float>* lanes) {
-  for (int l = 0; l < kLanes; l += 4)
-    for (int64_t e = 0; e + 4 <= experts; e += 4)
-      transpose_4x4(rows + l * experts + e, experts, &lanes[e][l], kLanes);
-  return experts / 4 * 4;
-}
-int64_t transpose_tile(const Lanes<float>* lanes, int64_t experts, float* rows) {
-  for (int l = 0; l < kLanes; l += 4)
-    for (int64_t e = 0; e + 4 <= experts; e += 4)
-      transpose_4x4(&lanes[e][l], kLanes, rows + l * experts + e, experts);
-  return experts / 4 * 4;
-}
-
 template <class S, class Params>
-void load_tile(const Params& p, int64_t first, int64_t count, Tile<Compute<S>>& tile) {
+void load_gate_tile(const Params& p, int64_t first, int64_t count, Tile<Compute<S>>& tile) {
   const int64_t experts = p.experts;
-  const S* rows = p.logits + first * experts;
-  int64_t done = 0;
   tile.all_live = count == kLanes;
   for (int64_t l = 0; l < kLanes; ++l) {
     tile.is_live[l] = l < count && !is_masked(p, first + l);
     tile.all_live &= tile.is_live[l];
   }
-  if constexpr (std::is_same_v<S, float>)
-    if (tile.all_live) done = transpose_tile(rows, experts, tile.x);
-  for (int64_t l = 0; done < experts && l < kLanes; ++l)
-    for (int64_t e = done; e < experts; ++e)
-      tile.x[e][l] = tile.is_live[l] ? load(rows[l * experts + e]) : Compute<S>{0};
+  load_tile(p.logits + first * experts, experts, tile.is_live, tile.x);
 }
 
 template <class C>
@@ -178,7 +150,7 @@ template <Score kScore, class S>
 void gate_tile(const Gate<S>& p, int64_t first, int64_t count, int64_t* counts,
                Tile<Compute<S>>& tile, const Buffers<Compute<S>>& b) {
   using C = Compute<S>;
-  load_tile<S>(p, first, count, tile);
+  load_gate_tile<S>(p, first, count, tile);
   const int64_t experts = p.experts, slots = p.slots;  // not read again after each store
   int64_t* indices = p.indices + first * slots;
   const bool by_network = p.select && p.selection.by_logits() && slots <= kNetworkSlots;
@@ -226,7 +198,9 @@ void gate_tile(const Gate<S>& p, int64_t first, int64_t count, int64_t* counts,
 
   alignas(64) Lanes<C> lse, factor;
   each_lane([&](int l) {
-    lse[l] = tile.sum[l] == 0 ? kLowest<C> : static_cast<C>(tile.max[l] + own_log(static_cast<double>(tile.sum[l])));
+    lse[l] = tile.sum[l] == 0
+                 ? kLowest<C>
+                 : static_cast<C>(tile.max[l] + own_log(static_cast<double>(tile.sum[l])));
   });
   for (int64_t l = 0; l < count; ++l) p.lse[first + l] = tile.is_live[l] ? lse[l] : C{0};
   score_tile<kScore>(experts, tile, tile.scores, factor);
@@ -241,7 +215,7 @@ template <Score kScore, class S>
 void gate_tile(const GateBackward<S>& p, int64_t first, int64_t count, int64_t group,
                Tile<Compute<S>>& tile) {
   using C = Compute<S>;
-  load_tile<S>(p, first, count, tile);
+  load_gate_tile<S>(p, first, count, tile);
   const bool of_slots = kScore == Score::Softmax && p.weighing.of_slots();
   const C* h = p.grad_score_sums ? p.grad_score_sums + group * p.experts : nullptr;
   const bool by_softmax = p.grad_lse || (kScore == Score::Softmax && (h || !of_slots));
@@ -307,13 +281,9 @@ void gate_tile(const GateBackward<S>& p, int64_t first, int64_t count, int64_t g
       if (tile.index[j][l] >= 0) dx[tile.index[j][l]][l] += tile.slots[j][l];
   }
   const int64_t experts = p.experts;
-  S* rows = p.grad_logits + first * experts;
-  int64_t done = 0;
-  if constexpr (std::is_same_v<S, float>)
-    if (tile.all_live) done = transpose_tile(dx, experts, rows);
-  for (int64_t l = 0; done < experts && l < count; ++l)
-    for (int64_t e = done; e < experts; ++e)
-      store(rows + l * experts + e, tile.is_live[l] ? dx[e][l] : C{0});
+  for (int64_t l = 0; !tile.all_live && l < count; ++l)
+    for (int64_t e = 0; !tile.is_live[l] && e < experts; ++e) dx[e][l] = 0;
+  store_tile(dx, experts, count, p.grad_logits + first * experts);
 }
 
 }  // namespace

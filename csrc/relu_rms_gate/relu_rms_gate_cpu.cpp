@@ -1,4 +1,6 @@
-#include "common/row.h"
+// kLanes tokens at a time where experts are few, an expert's numbers of all of them side by side; else
+// row by row. Which one it is depends on the number of experts alone.
+#include "common/tile.h"
 #include "relu_rms_gate/relu_rms_gate_kernel.h"
 #include "relu_rms_gate/relu_rms_gate_math.h"
 
@@ -6,12 +8,103 @@ namespace torch_routers::TORCH_ROUTERS_ISA {
 namespace {
 
 using std::int64_t;
+constexpr int64_t kTileExperts = 512;
 
-// Of the last block, what is there.
-int64_t end_of_block(const ReluRmsGateShape& p, int64_t block) {
-  const int64_t end = (block + 1) * p.kBlock;
-  return end < p.tokens ? end : p.tokens;
+// ---- tiles ---------------------------------------------------------------------------------------
+
+template <class C> struct Tile {
+  alignas(64) Lanes<C> a[kTileExperts];  // 0 in lanes that are not live
+  alignas(64) Lanes<C> mean, inverse;    // of their norms
+  bool live[kLanes];
+
+  template <class Params> Tile(const Params& p, int64_t first, int64_t count) {
+    const int64_t experts = p.experts;
+    for (int64_t l = 0; l < kLanes; ++l) live[l] = l < count && !(p.valid && !p.valid[first + l]);
+    load_tile(p.logits + first * experts, experts, live, a);
+    for (int64_t e = 0; e < experts; ++e) each_lane([&](int l) { a[e][l] = relu(a[e][l]); });
+    each_lane([&](int l) { mean[l] = 0, inverse[l] = 1; });
+    if (p.norm == ReluNorm::Simple) return;
+    const C size = static_cast<C>(experts), eps = p.eps;
+    if (p.norm == ReluNorm::Centered) {
+      sum_tile<C>(experts, [&](int64_t e, int l) { return load_vector(a[e] + l); }, mean);
+      each_lane([&](int l) { mean[l] /= size; });
+    }
+    sum_tile<C>(
+        experts,
+        [&](int64_t e, int l) {
+          const Vector<C> distance = load_vector(a[e] + l) - load_vector(mean + l);
+          return distance * distance;
+        },
+        inverse);
+    each_lane([&](int l) { inverse[l] = 1 / own_sqrt(inverse[l] / size + eps); });
+  }
+
+  RowNorm<C> norm(int l) const { return {mean[l], inverse[l]}; }
+};
+
+template <class S>
+void tokens(const ReluRmsGate<S>& p, int64_t first, int64_t count, int64_t* counts) {
+  const int64_t experts = p.experts;
+  Tile<Compute<S>> tile(p, first, count);
+  for (int64_t e = 0; e < experts; ++e) {
+    const Compute<S> gain = p.gain[e];
+    int active = 0;
+    each_lane([&](int l) {
+      const Compute<S> a = tile.a[e][l];
+      active += a > 0;
+      tile.a[e][l] = tile.norm(l).normalized(a) * gain;
+    });
+    counts[e] += active;
+  }
+  for (int64_t l = 0; l < count; ++l) {
+    p.inverse_rms[first + l] = tile.live[l] ? tile.inverse[l] : 0;
+    for (int64_t e = 0; !tile.live[l] && e < experts; ++e) tile.a[e][l] = 0;  // without a sign
+  }
+  store_tile(tile.a, experts, count, p.weights + first * experts);
 }
+
+template <class S>
+void tokens(const ReluRmsGateBackward<S>& p, int64_t first, int64_t count, double* grads) {
+  using C = Compute<S>;
+  const int64_t experts = p.experts;
+  const C size = static_cast<C>(experts);
+  const C* gain = p.gain;
+  Tile<C> tile(p, first, count);
+  alignas(64) Lanes<C> v[kTileExperts], mean_u = {}, mean_uh = {};  // v: then of the logits
+  load_tile(p.grad_weights + first * experts, experts, tile.live, v);
+  if (p.norm == ReluNorm::Centered)
+    sum_tile<C>(
+        experts,
+        [&](int64_t e, int l) {
+          const Vector<C> u = load_vector(v[e] + l) * gain[e], zero{};
+          return load_vector(tile.a[e] + l) == zero ? zero : u;
+        },
+        mean_u);
+  if (p.norm != ReluNorm::Simple)
+    sum_tile<C>(
+        experts,
+        [&](int64_t e, int l) {
+          const Vector<C> a = load_vector(tile.a[e] + l), zero{};
+          const Vector<C> mean = a > zero ? load_vector(tile.mean + l) : zero;
+          return load_vector(v[e] + l) * gain[e] * ((a - mean) * load_vector(tile.inverse + l));
+        },
+        mean_uh);
+  each_lane([&](int l) { mean_u[l] /= size, mean_uh[l] /= size; });
+  for (int64_t e = 0; e < experts; ++e) {
+    alignas(64) Lanes<double> products;
+    each_lane([&](int l) {
+      const C a = tile.a[e][l], h = tile.norm(l).normalized(a);
+      products[l] = static_cast<double>(v[e][l]) * static_cast<double>(h);
+      v[e][l] = tile.norm(l).gradient(a, v[e][l] * gain[e], h, mean_u[l], mean_uh[l]);
+    });
+    for (int half = kLanes / 2; half > 0; half /= 2)
+      for (int l = 0; l < half; ++l) products[l] += products[l + half];
+    grads[e] += products[0];
+  }
+  store_tile(v, experts, count, p.grad_logits + first * experts);
+}
+
+// ---- rows ----------------------------------------------------------------------------------------
 
 template <class Params>
 RowNorm<typename Params::C> row_norm(const Params& p, int64_t token) {
@@ -72,9 +165,15 @@ template <class S> void token(const ReluRmsGateBackward<S>& p, int64_t t, double
 
 template <class Params, class Element>
 void block_of_tokens(const Params& p, int64_t block, Element* partial) {
+  const int64_t first = block * p.kBlock;
+  const int64_t past = first + p.kBlock < p.tokens ? first + p.kBlock : p.tokens;
   partial += block * p.experts;
   for (int64_t e = 0; e < p.experts; ++e) partial[e] = 0;
-  for (int64_t t = block * p.kBlock; t < end_of_block(p, block); ++t) token(p, t, partial);
+  if (p.experts > kTileExperts)
+    for (int64_t t = first; t < past; ++t) token(p, t, partial);
+  else
+    for (int64_t t = first; t < past; t += kLanes)
+      tokens(p, t, past - t < kLanes ? past - t : kLanes, partial);
 }
 
 }  // namespace
