@@ -1,6 +1,7 @@
 """Metrics of routings: values by hand, masks, windows of batches, and what loggers get."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -141,6 +142,77 @@ def test_agreement_is_of_the_same_tokens():
         metrics.routing_agreement(TOPK(BATCHES[0]), TOPK(BATCHES[0][:1]))
 
 
+# ---- sparsity ------------------------------------------------------------------------------------
+
+ACTIVE = torch.rand(2, 40, 6, generator=torch.Generator().manual_seed(0)) < 0.3
+ACTIVE[:, ::7] = False  # tokens without experts
+REAL = torch.rand(2, 40, generator=torch.Generator().manual_seed(1)) < 0.8
+IDS = torch.tensor([3] * 11 + [1] + [2] * 20 + [3] * 8).expand(2, 40)
+
+
+def runs(active, real, ids):
+    """The documents of each sequence, without padding: one list of sets of experts for each."""
+    found = []
+    for sequence in range(2):
+        last = None
+        for token in real[sequence].nonzero().flatten().tolist():
+            if last is None or ids[sequence, token] != last:
+                found.append([])
+                last = ids[sequence, token]
+            found[-1].append(set(active[sequence, token].nonzero().flatten().tolist()))
+    return found
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+def test_sparsity_equals_a_loop_over_windows(masked, packed):
+    real = REAL if masked else torch.ones_like(REAL)
+    ids = IDS if packed else torch.zeros_like(IDS)
+    options = {"valid_mask": REAL} if masked else {}
+    options |= {"group_ids": IDS} if packed else {}
+    found = runs(ACTIVE, real, ids)
+    for window in 1, 2, 4, 8, 16:
+        idle = [
+            1 - len(set().union(*run[i : i + window])) / 6
+            for run in found
+            for i in range(len(run) - window + 1)
+        ]
+        expected = scalar(sum(idle) / len(idle))
+        assert_close(metrics.chunk_sparsity(ACTIVE, window, **options), expected)
+    pairs = [(a, b) for run in found for a, b in pairwise(run) if a]
+    expected = scalar(sum(len(a & b) / len(a) for a, b in pairs) / len(pairs))
+    assert_close(metrics.reuse_ratio(ACTIVE, **options), expected)
+    tokens = metrics.token_sparsity(ACTIVE, options.get("valid_mask"))
+    assert_close(tokens, metrics.chunk_sparsity(ACTIVE, 1, **options))
+
+
+def test_sparsity_does_not_look_at_padding():
+    mask = REAL[0]
+    for name, arguments in ("chunk_sparsity", (4,)), ("reuse_ratio", ()):
+        metric = getattr(metrics, name)
+        compacted = metric(ACTIVE[0, mask], *arguments, group_ids=IDS[0, mask])
+        for content in True, False:
+            active = torch.where(mask.unsqueeze(-1), ACTIVE[0], content)
+            ids = torch.where(mask, IDS[0], 99 * content)
+            value = metric(active, *arguments, valid_mask=mask, group_ids=ids)
+            assert torch.equal(value, compacted)
+        assert metric(ACTIVE[0], *arguments, valid_mask=torch.zeros_like(mask)).isnan()
+        assert metric(ACTIVE[0, :0], *arguments, valid_mask=mask[:0]).isnan()
+    with pytest.raises(ValueError, match="chunk_sparsity: expected window >= 1, got 0"):
+        metrics.chunk_sparsity(ACTIVE, 0)
+
+
+def test_what_is_active_may_have_no_weight():
+    routing = routing_of(None, [[0.0, 0.5, 0.0], [0.0, 0.0, 1.0]], [1, 1, 1])
+    active = torch.tensor([[True, True, False], [False, False, True]])
+    assert metrics.drop_rate(routing) > 0
+    routing = routing._replace(active=active)
+    assert metrics.drop_rate(routing) == 0
+    assert_close(metrics.active_mean(routing), scalar(1.5))
+    assert metrics.routing_agreement(routing, routing).jaccard == 1
+    assert torch.equal(routing.used(), active)
+
+
 # ---- masks, derivatives, devices -----------------------------------------------------------------
 
 
@@ -179,7 +251,9 @@ def test_nothing_waits_for_the_device():
             elif name == "segment_routing_performance":
                 function(a, 3)
             elif name in ("token_sparsity", "chunk_sparsity", "reuse_ratio"):
-                function(torch.empty(2, 9, 4).bool())
+                active, mask = torch.empty(2, 9, 4).bool(), torch.empty(2, 9).bool()
+                ids = {} if name == "token_sparsity" else {"group_ids": torch.empty(2, 9).long()}
+                function(active, valid_mask=mask, **ids)
             elif name[0].islower() and name not in ("read", "segment_cache_hit_rate"):
                 function(a)
 

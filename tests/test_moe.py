@@ -69,6 +69,16 @@ def mlp(experts, e):
     return expert
 
 
+def silu_mlp(experts, e):
+    return lambda x: experts.down_proj[e] @ F.silu(experts.up_proj[e] @ x)
+
+
+def blockffn(**options):
+    layer = tr.BlockFFN(H, E, SIZE, **options)
+    layer.router.gain.data = torch.tensor([1.0, 0.0, -0.5, 2.0, 0.7])  # 0 is active, too
+    return layer
+
+
 # Name: (the layer, its experts one by one).
 LAYERS = {
     "plain": (lambda: tr.MoE(router(), tr.SwiGLUExperts(E, H, SIZE)), swiglu),
@@ -103,6 +113,11 @@ LAYERS = {
     "weight per expert, bounded": (
         lambda: tr.MoE(threshold_router(), tr.SwiGLUExperts(E, H, SIZE), max_active=4),
         swiglu,
+    ),
+    "BlockFFN": (blockffn, silu_mlp),
+    "BlockFFN, bounded, shared": (
+        lambda: blockffn(max_active=4, shared=tr.SwiGLU(H, 9), shared_gate=True),
+        silu_mlp,
     ),
     "modules": (
         lambda: tr.MoE(
@@ -181,7 +196,7 @@ def test_padding_content_changes_nothing(name):
 @every_layer
 def test_experts_without_tokens_get_zero_gradients(name):
     moe, x = layer(name), inputs(torch.float32)
-    if isinstance(moe.router, ThresholdRouter):
+    if isinstance(moe.router, (ThresholdRouter, tr.ReLURouter)):
         moe.router.weight.data[[1, 3, 4]] = 0
         moe(x).square().sum().backward()
     else:

@@ -8,6 +8,7 @@ from torch_routers import losses, metrics, ops
 from torch_routers.balancing import BalanceController, parameter_groups
 from torch_routers.delivery import attach, collect, follow_inputs
 from torch_routers.layers import (
+    BlockFFN,
     ClampedSwiGLUExperts,
     ExpertList,
     MLPExperts,
@@ -43,6 +44,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BalanceController",
+    "BlockFFN",
     "ClampedSwiGLUExperts",
     "CrossBatchRoutingWarning",
     "EntmaxRouter",

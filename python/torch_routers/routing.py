@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from torch_routers.ops import Statistics
+from torch_routers.ops._groups import group_of_tokens
 
 
 class Merge(NamedTuple):
@@ -55,10 +56,29 @@ class Routing(NamedTuple):
     chosen: Tensor | None = None
     """``[..., k]`` int64: ``indices`` before anything was dropped, which losses look at. None where
     nothing could be."""
+    active: Tensor | None = None
+    """``[..., num_experts]`` bool: the experts that see the token, of routers with a weight for
+    every expert of which an active one may be 0. None elsewhere: then a weight of 0 says it."""
+    group_offsets: Tensor | None = None
+    """``[groups + 1]`` int64, as the router was told: where documents begin in the flattened
+    tokens, for losses and metrics that look at neighbours."""
 
     def choice(self) -> Tensor | None:
         """``[..., k]``: the experts that were chosen, whether they had room or not."""
         return self.indices if self.chosen is None else self.chosen
+
+    def used(self) -> Tensor:
+        """``[..., slots]`` bool: the slots in use; without indices, the experts that are active."""
+        if self.indices is not None:
+            return self.indices >= 0
+        return self.weights.detach() != 0 if self.active is None else self.active
+
+    def group_ids(self) -> Tensor | None:
+        """``[...]`` int64: the group of each token, by ``group_offsets``; None without them."""
+        if self.group_offsets is None:
+            return None
+        tokens = self.weights[..., 0]
+        return group_of_tokens(self.group_offsets, tokens.numel()).view(tokens.shape)
 
     @property
     def num_experts(self) -> int:

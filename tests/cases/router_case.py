@@ -5,12 +5,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import torch_routers as tr
 from cases.op_case import seeded
 
 HIDDEN, EXPERTS = 12, 6
+
+
+def swiglu(experts: nn.Module, e: int, x: Tensor) -> Tensor:
+    gate, value = (experts.gate_up_proj[e] @ x).chunk(2)
+    return experts.down_proj[e] @ (nn.functional.silu(gate) * value)
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,10 @@ class RouterCase:
     beyond_losses: tuple[str, ...] = ()
     #: Constructor arguments that do not fit, and what the router says.
     errors: list[tuple[dict[str, Any], str]] = field(default_factory=list)
+    #: Builds a layer with the router of `make`, if not a `MoE` with `SwiGLUExperts`.
+    make_layer: Callable[[], tr.MoE] | None = None
+    #: What an expert of that layer does: (bank, number, x [hidden]) -> [hidden].
+    expert: Callable[[nn.Module, int, Tensor], Tensor] = swiglu
     #: Call arguments besides x of shape [2, 3, HIDDEN] that do not fit, and what the router says.
     call_errors: list[tuple[dict[str, Any], str]] = field(default_factory=list)
 
@@ -39,6 +48,9 @@ class RouterCase:
         return self.make().to(dtype)
 
     def moe(self, dtype: torch.dtype = torch.float32) -> tr.MoE:
+        if self.make_layer is not None:
+            torch.manual_seed(0)
+            return self.make_layer().to(dtype)
         router = self.router()
         return tr.MoE(router, tr.SwiGLUExperts(EXPERTS, HIDDEN, 10)).to(dtype)
 

@@ -1,5 +1,6 @@
 """Layers: banks of experts, and drop-in replacements of a feed-forward layer."""
 
+from torch_routers.layers.blockffn import BlockFFN
 from torch_routers.layers.experts import (
     ClampedSwiGLUExperts,
     ExpertList,
@@ -11,6 +12,7 @@ from torch_routers.layers.moe import MoE
 from torch_routers.layers.soft_merged import SoftMergedExperts
 
 __all__ = [
+    "BlockFFN",
     "ClampedSwiGLUExperts",
     "ExpertList",
     "MLPExperts",

@@ -143,7 +143,8 @@ class MLPExperts(_Experts):
 
     ``up_proj`` is ``[num_experts, intermediate_size, hidden_size]``, ``down_proj``
     ``[num_experts, hidden_size, intermediate_size]``; ``activation`` is ``"gelu"`` (default),
-    ``"relu"`` or ``"silu"``. With ``bias``, ``up_proj_bias`` and ``down_proj_bias`` are added.
+    ``"relu"`` or ``"silu"``. With ``bias``, ``up_proj_bias`` and ``down_proj_bias`` are added. A
+    ``scale`` ``[rows, 1]`` given to ``forward`` multiplies :math:`\phi(\cdot)`, rounded once.
     """
 
     _ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}  # noqa: RUF012
@@ -168,8 +169,10 @@ class MLPExperts(_Experts):
         self._add("down_proj", hidden_size, intermediate_size, bias)
         self.reset_parameters()
 
-    def forward(self, rows: Tensor, offsets: Tensor) -> Tensor:
+    def forward(self, rows: Tensor, offsets: Tensor, scale: Tensor | None = None) -> Tensor:
         hidden = self._ACTIVATIONS[self.activation](self._linear("up_proj", rows, offsets))
+        if scale is not None:
+            hidden = (hidden * scale).to(hidden.dtype)
         return self._linear("down_proj", hidden, offsets)
 
     def extra_repr(self) -> str:

@@ -24,7 +24,8 @@ class MoE(nn.Module):
     The sum over :math:`j` is taken in slot order, in float32 (float64 for float64 rows), and
     rounded once. A router with a weight for every expert, such as one whose number of experts
     varies from token to token, works alike: :math:`j` then runs over the experts whose weight is
-    not 0, in ascending order, and no other pair of token and expert is computed.
+    not 0, or that the routing calls ``active``, in ascending order, and no other pair of token and
+    expert is computed.
 
     Args:
         router: decides which expert sees which token.
@@ -66,20 +67,21 @@ class MoE(nn.Module):
         max_active: float | None = None,
     ) -> None:
         super().__init__()
+        name = type(self).__name__
         if not isinstance(experts, nn.Module) or isinstance(experts, nn.ModuleList):
             experts = ExpertList(experts)
         available = getattr(experts, "num_experts", router.num_experts)
         if available != router.num_experts:
             raise ValueError(
-                f"MoE: expected experts with num_experts={router.num_experts}, that of the "
+                f"{name}: expected experts with num_experts={router.num_experts}, that of the "
                 f"router, got {available}"
             )
         if scale_input and isinstance(experts, SoftMergedExperts):
-            raise ValueError("MoE: expected scale_input=False with SoftMergedExperts, got True")
+            raise ValueError(f"{name}: expected scale_input=False with SoftMergedExperts, got True")
         if shared_gate and shared is None:
-            raise ValueError("MoE: expected shared experts with shared_gate=True, got none")
+            raise ValueError(f"{name}: expected shared experts with shared_gate=True, got none")
         if max_active is not None and not max_active > 0:
-            raise ValueError(f"MoE: expected max_active > 0, got {max_active}")
+            raise ValueError(f"{name}: expected max_active > 0, got {max_active}")
         self.router, self.experts, self.shared = router, experts, shared
         hidden_size = getattr(router, "hidden_size", None) or getattr(experts, "hidden_size", None)
         self.shared_gate = nn.Linear(hidden_size, 1, bias=False) if shared_gate else None
@@ -103,7 +105,7 @@ class MoE(nn.Module):
         context = self.router.with_followed(x, context)
         routing = self.router(x, **context)
         if not return_routing:
-            require_destination("MoE", self.router, routing)
+            require_destination(type(self).__name__, self.router, routing)
         if isinstance(self.experts, SoftMergedExperts):
             y = self._merged(x, routing, context.get("valid_mask"))
         else:
@@ -116,6 +118,8 @@ class MoE(nn.Module):
         if routing.indices is not None:
             return ops.expert_plan(routing.indices, self.router.num_experts)
         weights, rows = routing.weights.detach(), None
+        if routing.active is not None:
+            weights = routing.active.to(weights.dtype)  # an active expert may weigh 0
         if shapes_may_depend_on(weights):
             rows = int(weights.count_nonzero())
         elif self.max_active is not None:
@@ -125,7 +129,7 @@ class MoE(nn.Module):
     def _mix(self, x: Tensor, weights: Tensor | None, plan: ops.Plan) -> Tensor:
         rows = ops.permute_tokens(x, plan)
         if self.scale_input:
-            rows, weights = rows * _of_rows(weights, plan).to(rows.dtype), None
+            rows, weights = rows * of_rows(weights, plan).to(rows.dtype), None
         y = ops.combine_tokens(self.experts(rows, plan.offsets), weights, plan)
         return y.to(x.dtype).view(x.shape)
 
@@ -159,7 +163,7 @@ class MoE(nn.Module):
         return torch.where(valid, layer(torch.where(valid, x, 0)), 0)
 
 
-def _of_rows(weights: Tensor, plan: ops.Plan) -> Tensor:
+def of_rows(weights: Tensor, plan: ops.Plan) -> Tensor:
     """``[rows, 1]``: the weight of each row's slot; 0 behind the last expert's rows."""
-    of_rows = weights.reshape(-1)[plan.order.clamp(min=0)]
-    return torch.where(plan.order >= 0, of_rows, 0).unsqueeze(-1)
+    taken = weights.reshape(-1)[plan.order.clamp(min=0)]
+    return torch.where(plan.order >= 0, taken, 0).unsqueeze(-1)

@@ -1,12 +1,11 @@
 """Auxiliary losses: pure functions of tensors, and the small modules that carry a weight."""
 
 from torch_routers.losses.activation import (
-    ActivationLocalityLoss,
-    ChunkSparsificationLoss,
+    ActivationEntropyLoss,
     ReLUSparsityLoss,
-    activation_locality,
+    WeightL1Loss,
+    activation_entropy,
     activation_probs,
-    chunk_sparsification,
     relu_sparsity,
 )
 from torch_routers.losses.adaptive import AdaptiveFactor, AdaptiveSparsity
@@ -18,13 +17,21 @@ from torch_routers.losses.balance import (
     transformers_load_balance,
 )
 from torch_routers.losses.base import RouterLoss, StatisticsLoss
+from torch_routers.losses.chunks import ChunkSparsificationLoss, chunk_sparsification
 from torch_routers.losses.entropy import EntropyLoss, RoutingEntropyLoss, entropy
 from torch_routers.losses.global_balance import GlobalBalanceLoss
 from torch_routers.losses.importance import ImportanceLoss, importance
 from torch_routers.losses.load import LoadLoss, expected_load
+from torch_routers.losses.neighbours import (
+    ActivationLocalityLoss,
+    TokenBalanceLoss,
+    activation_locality,
+    token_balance,
+)
 from torch_routers.losses.z import ZLoss, z_loss
 
 __all__ = [
+    "ActivationEntropyLoss",
     "ActivationLocalityLoss",
     "AdaptiveFactor",
     "AdaptiveSparsity",
@@ -40,7 +47,10 @@ __all__ = [
     "SequenceBalanceLoss",
     "SoftBalanceLoss",
     "StatisticsLoss",
+    "TokenBalanceLoss",
+    "WeightL1Loss",
     "ZLoss",
+    "activation_entropy",
     "activation_locality",
     "activation_probs",
     "chunk_sparsification",
@@ -49,6 +59,7 @@ __all__ = [
     "importance",
     "load_balance",
     "relu_sparsity",
+    "token_balance",
     "transformers_load_balance",
     "z_loss",
 ]

@@ -54,7 +54,7 @@ class EntropyLoss(RouterLoss):
         if routing.logits is None:
             raise ValueError("EntropyLoss: expected a routing with logits, got none")
         choice = routing.choice()
-        chosen = routing.weights != 0 if choice is None else choice >= 0
+        chosen = routing.used() if choice is None else choice >= 0
         return entropy(routing.logits, chosen.any(-1))
 
 

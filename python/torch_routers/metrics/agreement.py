@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from torch_routers.metrics.tokens import top_expert, used_slots
+from torch_routers.metrics.tokens import top_expert
 from torch_routers.routing import Routing
 
 
@@ -62,7 +62,7 @@ def router_drift(before: Routing, after: Routing) -> Tensor:
 
 def _chosen(routing: Routing) -> Tensor:
     """``[..., num_experts]`` bool."""
-    used = used_slots(routing)
+    used = routing.used()
     if routing.indices is None:
         return used
     rubbish = routing.num_experts  # where empty slots go

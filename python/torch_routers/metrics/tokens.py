@@ -49,7 +49,7 @@ def totals(routing: Routing | Totals) -> Totals:
     """
     if isinstance(routing, Totals):
         return routing
-    used, weights = used_slots(routing), routing.weights.detach()
+    used, weights = routing.used(), routing.weights.detach()
     routed = used.any(-1)
     top = top_expert(routing)
     last = routing.num_experts  # where tokens are counted that are not routed
@@ -150,16 +150,9 @@ def ess(routing: Routing | Totals) -> Tensor:
     return sums.ess / sums.routed
 
 
-def used_slots(routing: Routing) -> Tensor:
-    """``[..., slots]`` bool: slots that are not empty; without indices, weights that are not 0."""
-    if routing.indices is None:
-        return routing.weights.detach() != 0
-    return routing.indices >= 0
-
-
 def top_expert(routing: Routing) -> Tensor:
     """``[...]`` int64: the expert of the largest weight of each token; -1 if it is not routed."""
-    used = used_slots(routing)
+    used = routing.used()
     slot = torch.where(used, routing.weights.detach().abs(), -1).argmax(-1, keepdim=True)
     expert = slot if routing.indices is None else routing.indices.gather(-1, slot)
     return torch.where(used.any(-1), expert.squeeze(-1), -1)

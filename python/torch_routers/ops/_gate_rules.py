@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from torch_routers._autograd import batched, differentiable, flat, jvp, unflat, vmap_by_loop
+from torch_routers.ops._groups import group_of_tokens
 
 _topk_op = torch.ops.torch_routers.topk_gate.default
 _gate_op = torch.ops.torch_routers.gate.default
@@ -68,8 +69,7 @@ def _plain(logits, indices, weighing, valid_mask, group_offsets):
         lse, scores = lse.where(valid_mask, 0), scores.where(valid_mask[:, None], 0)
     if group_offsets is None:
         return weights, lse, scores.sum(0, keepdim=True)
-    token = torch.arange(logits.shape[0], device=logits.device)
-    group = torch.searchsorted(group_offsets[1:].contiguous(), token, right=True)
+    group = group_of_tokens(group_offsets, logits.shape[0])
     empty = scores.new_zeros(group_offsets.shape[0] - 1, scores.shape[1])
     return weights, lse, empty.index_add(0, group, scores)
 

@@ -102,9 +102,10 @@ class Router(Configurable, nn.Module):
             x: ``[..., hidden_size]``, any floating dtype.
             valid_mask: ``[...]`` bool, True = real token. The content of masked rows, NaN included,
                 changes nothing anywhere.
-            context: more about the tokens (``token_ids``, ``row_ids``, ``group_ids``, ``task_ids``,
-                ``state``; ignored by routers that do not need it), or what this router can be
-                asked for (such as ``indices``, to replay a routing).
+            context: more about the tokens (``token_ids``, ``row_ids``, ``group_offsets``,
+                ``task_ids``, ``state``; ignored by routers that do not need it), or what this
+                router can be asked for (such as ``indices``, to replay a routing).
+                ``group_offsets`` also stand in the result, for losses that look at neighbours.
 
         Raises:
             ValueError: an argument that does not fit.
@@ -116,6 +117,8 @@ class Router(Configurable, nn.Module):
         if valid_mask is not None:
             x = torch.where(valid_mask.unsqueeze(-1), x, 0)  # before any arithmetic: it may be NaN
         routing = self._route_in_full_precision(x, valid_mask, context)
+        if context.get("group_offsets") is not None:
+            routing = routing._replace(group_offsets=context["group_offsets"])
         if self.training and self.losses:
             routing = self._deliver(routing)
         if self.training and self._load is not None:

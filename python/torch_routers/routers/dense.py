@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from torch_routers import ops
+from torch_routers.ops._groups import group_of_tokens
 
 
 def dense_statistics(
@@ -41,8 +42,7 @@ def dense_statistics(
         lse = torch.where(live, lse, torch.where(valid, -torch.inf, 0))
     one_group = group_offsets is None and not (per_sample and logits.dim() > 2)
     if group_offsets is not None:
-        token = torch.arange(tokens, device=logits.device)
-        group = torch.searchsorted(group_offsets[1:].contiguous(), token, right=True)
+        group = group_of_tokens(group_offsets, tokens)
 
         def of_groups(values: Tensor) -> Tensor:
             empty = values.new_zeros(group_offsets.shape[0] - 1, *values.shape[1:])

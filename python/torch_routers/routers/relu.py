@@ -29,9 +29,10 @@ class ReLURouter(Router):
     gets no gradient from the task.
 
     The routing is *dense*: ``indices`` is None, ``weights`` ``[..., num_experts]``, 0 for experts
-    that are not active. ``counts`` are the tokens for which each is. In the statistics of training
-    the scores of a token are :math:`p_e = h_e / (\sum_i h_i + 10^{-5})`, :math:`h` the weights
-    without the gain (centred ones: only for ``norm="rms"`` and ``"simple"`` are they positive).
+    that are not active. ``active`` says which are, whatever their gain, and ``counts`` for how many
+    tokens each is. In the statistics of training the scores of a token are
+    :math:`p_e = h_e / (\sum_i h_i + 10^{-5})`, :math:`h` the weights without the gain (of those
+    three, ``norm="centered"`` alone makes negative ones).
 
     Args:
         hidden_size: size of the last dimension of the input.
@@ -107,4 +108,5 @@ class ReLURouter(Router):
             group_offsets=group_offsets,
             per_sample=self.wants_groups,
         )
-        return Routing(weights, None, logits, counts, statistics)
+        active = ~(logits <= 0)  # also where NaN: it is to be noticed
+        return Routing(weights, None, logits, counts, statistics, active=active)

@@ -1,4 +1,5 @@
 import torch
+from torch import nn
 
 import torch_routers as tr
 from cases.router_case import EXPERTS, HIDDEN, RouterCase
@@ -21,10 +22,25 @@ def losses():
     ]
 
 
-def make(**options):
-    router = tr.ReLURouter(HIDDEN, EXPERTS, init_std=0.4, losses=losses(), **options)
+def with_gains(router):
     router.gain.data.copy_(torch.linspace(-0.4, 1.5, EXPERTS))
     return router
+
+
+def make(**options):
+    return with_gains(
+        tr.ReLURouter(HIDDEN, EXPERTS, init_std=0.4, losses=losses(), **options),
+    )
+
+
+def make_layer():
+    layer = tr.BlockFFN(HIDDEN, EXPERTS, 10, init_std=0.4, losses=losses())
+    with_gains(layer.router)
+    return layer
+
+
+def expert(experts, e, x):
+    return experts.down_proj[e] @ nn.functional.silu(experts.up_proj[e] @ x)
 
 
 ARGUMENTS = {"hidden_size": HIDDEN, "num_experts": EXPERTS}
@@ -40,6 +56,14 @@ ERRORS = [
 
 CASES = [
     RouterCase("relu", make, of_token=of_token, beyond_losses=("gain",), errors=ERRORS),
+    RouterCase(
+        "relu of BlockFFN",
+        make,
+        of_token=of_token,
+        beyond_losses=("gain",),
+        make_layer=make_layer,
+        expert=expert,
+    ),
     RouterCase(
         "relu without a norm",
         lambda: make(norm="simple"),
