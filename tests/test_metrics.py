@@ -217,8 +217,12 @@ def test_nothing_waits_for_the_device():
         a, b = (TOPK(torch.empty(2, 5, 8), valid_mask=torch.empty(2, 5).bool()) for _ in range(2))
         for name in metrics.__all__:
             function = getattr(metrics, name)
-            if name in ("routing_agreement", "router_drift"):
+            if name in ("routing_agreement", "router_drift", "load_divergence"):
                 function(a, b)
+            elif name == "gamma_eff":
+                function(a, torch.empty(4))
+            elif name == "equilibrium_load":
+                function(torch.empty(4), torch.empty(3))
             elif name in ("by_layer", "summary"):
                 function([a, b])
             elif name == "mutual_information":

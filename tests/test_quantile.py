@@ -249,6 +249,8 @@ def test_neither_eval_nor_padding_counts():
     controller.step()
     assert router.expert_bias.equal(bias)  # frozen, and what was measured is gone
     learn(router.train(), (padded, {"valid_mask": mask}))
+    learn(router.eval(), (BATCHES[2], {}))
+    router.train()
     controller.step()
     other = single_router()
     controller = tr.QuantileController(other, ema=0.0)
@@ -381,6 +383,18 @@ def test_an_average_over_steps_gets_there_too_and_steps_of_a_sign_do_not():
         theirs.step()
     vio, of_signs = (tr.metrics.max_vio(each(skewed(0))) for each in (router, other))
     assert vio < 0.5 and of_signs > 2
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_batch_that_prices_itself_is_balanced(seed):
+    """Steps on the same batch, with prices that are at least 0: arXiv 2502.15451."""
+    scores, dual, vio = skewed(seed).softmax(-1), torch.zeros(16).double(), []
+    for _ in range(15):
+        chosen = (scores - dual).topk(2).indices
+        vio.append(tr.metrics.max_vio(chosen.flatten().bincount(minlength=16)).item())
+        dual = quantile_dual(scores, dual, 2, nonnegative=True)
+    assert vio[0] > 1.5 and vio[4] < 0.5 * vio[0] and vio[14] < 0.35
+    assert (dual >= 0).all() and dual.any()
 
 
 @pytest.mark.parametrize("top_k", [1, 3])
