@@ -77,6 +77,53 @@ def test_mutual_information():
     assert_close(values, scalar([0, 1, expected]))
 
 
+def test_load_divergence():
+    """By the entropies of the loads: 1 - (H(a) + H(b)) / 2 H(m)."""
+    a = torch.tensor([[3, 1, 0], [6, 0, 0], [2, 2, 2], [5, 5, 0]])
+    b = torch.tensor([[2, 6, 0], [0, 9, 0], [7, 7, 7], [0, 0, 2]])
+    of_quarter = math.log(4) - 0.75 * math.log(3)
+    expected = scalar(
+        [1 - of_quarter / math.log(2), 1, 0, 1 - math.log(2) / 2 / (1.5 * math.log(2))]
+    )
+    assert_close(metrics.load_divergence(a, b), expected)
+    assert_close(metrics.load_divergence(b, 10 * a), expected)
+    assert metrics.load_divergence(a[1], a[1]) == 0  # of one expert nothing is to be known
+    assert metrics.load_divergence(a[0], torch.zeros(3)).isnan()
+
+
+def test_loads_in_equilibrium():
+    gamma = torch.tensor([0.0, 0.5, 2, 8, 32, 128])
+    quality = torch.randn(3, 1, 16, generator=torch.Generator().manual_seed(0)).double()
+    quality *= torch.tensor([0.1, 1, 10]).view(3, 1, 1)
+    rho = metrics.equilibrium_load(quality, gamma)
+    assert rho.shape == (3, 6, 16)
+    assert_close(rho, (quality - gamma[:, None] * rho).softmax(-1), rtol=0, atol=1e-8)
+    assert_close(rho[:, 0], quality[:, 0].softmax(-1), rtol=0, atol=1e-8)
+    assert (rho.amax(-1).diff() < 0).all()
+    assert_close(metrics.equilibrium_load(quality + 7, gamma), rho)
+
+
+def test_gamma_eff():
+    """From loads 3/4 and 1/4, ln 3 = q - gamma (3/4 - 1/4)."""
+    quality = torch.tensor([[math.log(3) + 0.5 * g, 0.0] for g in (0, 4, 50)])
+    expected = scalar([0, 4, 50])
+    values = metrics.gamma_eff(torch.tensor([3, 1]), quality)
+    assert_close(values, expected, rtol=0, atol=1e-4)
+    # One expert of 16 with the load 0.362 without a cost of load; the other loads are equal.
+    loads = torch.tensor([0.362, *[0.638 / 15] * 15], dtype=torch.float64)
+    quality = loads.log() + 12 * loads
+    assert_close(metrics.gamma_eff(1000 * loads, quality), scalar(12), rtol=0, atol=1e-4)
+    assert_close(metrics.gamma_eff(1000 * loads, loads.log()), scalar(0), rtol=0, atol=1e-4)
+
+
+def test_gamma_eff_at_the_ends():
+    quality = torch.tensor([1.0, 0.0])
+    counts = torch.tensor([[5, 5], [4, 6], [9, 1], [0, 0]])  # even, too even, drawn more, nothing
+    values = metrics.gamma_eff(counts, quality)
+    assert_close(values, scalar([100, 100, 0, math.nan]), rtol=0, atol=1e-4, equal_nan=True)
+    assert_close(metrics.gamma_eff(counts[0], quality, largest=7), scalar(7), rtol=0, atol=1e-4)
+
+
 def test_metrics_of_tokens():
     """Means over the three routed tokens, or the five that are not masked."""
     assert_close(metrics.drop_rate(DROPPED), scalar(6 / 10))
@@ -242,8 +289,12 @@ def test_nothing_waits_for_the_device():
         a, b = (TOPK(torch.empty(2, 5, 8), valid_mask=torch.empty(2, 5).bool()) for _ in range(2))
         for name in metrics.__all__:
             function = getattr(metrics, name)
-            if name in ("routing_agreement", "router_drift"):
+            if name in ("routing_agreement", "router_drift", "load_divergence"):
                 function(a, b)
+            elif name == "gamma_eff":
+                function(a, torch.empty(4))
+            elif name == "equilibrium_load":
+                function(torch.empty(4), torch.empty(3))
             elif name in ("by_layer", "summary"):
                 function([a, b])
             elif name == "mutual_information":

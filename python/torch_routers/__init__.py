@@ -5,7 +5,7 @@ from torch_routers import _library  # noqa: F401  (first: everything needs its o
 
 # isort: on
 from torch_routers import losses, metrics, ops
-from torch_routers.balancing import BalanceController, parameter_groups
+from torch_routers.balancing import BalanceController, QuantileController, parameter_groups
 from torch_routers.delivery import attach, collect, follow_inputs
 from torch_routers.layers import (
     BlockFFN,
@@ -54,6 +54,7 @@ __all__ = [
     "MLPExperts",
     "MoE",
     "NoisyTopKRouter",
+    "QuantileController",
     "ReLURouter",
     "RecurrentCell",
     "RecurrentRouter",

@@ -6,6 +6,7 @@ Only sums and histograms over tokens are ever kept, never what a single token ch
 """
 
 from torch_routers.metrics.agreement import Agreement, router_drift, routing_agreement
+from torch_routers.metrics.congestion import equilibrium_load, gamma_eff
 from torch_routers.metrics.consistency import (
     segment_cache_hit_rate,
     segment_routing_performance,
@@ -16,6 +17,7 @@ from torch_routers.metrics.counts import (
     dead,
     load,
     load_cv,
+    load_divergence,
     max_share,
     max_vio,
     mutual_information,
@@ -46,9 +48,12 @@ __all__ = [
     "dead",
     "drop_rate",
     "entropy",
+    "equilibrium_load",
     "ess",
+    "gamma_eff",
     "load",
     "load_cv",
+    "load_divergence",
     "max_share",
     "max_vio",
     "mutual_information",

@@ -8,6 +8,7 @@ from torch_routers.ops.grouped_linear import grouped_linear
 from torch_routers.ops.gru_cell import gru_cell
 from torch_routers.ops.limit_capacity import expert_capacity, limit_capacity
 from torch_routers.ops.plan import Plan
+from torch_routers.ops.quantile_dual import quantile_dual
 from torch_routers.ops.relu_rms_gate import ReLUGate, relu_rms_gate
 from torch_routers.ops.router_losses import RouterLosses, router_losses
 from torch_routers.ops.soft_merge import soft_merge
@@ -30,6 +31,7 @@ __all__ = [
     "gru_cell",
     "limit_capacity",
     "permute_tokens",
+    "quantile_dual",
     "relu_rms_gate",
     "router_losses",
     "soft_merge",

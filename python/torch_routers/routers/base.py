@@ -2,7 +2,7 @@
 
 import inspect
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -70,6 +70,9 @@ class Router(Configurable, nn.Module):
     #: "raise" or "allow".
     cross_batch: Literal["warn", "raise", "allow"] = "warn"
 
+    #: What the ``expert_bias`` is added to for the choice of experts: "scores" or "logits".
+    bias_of: Literal["scores", "logits"] = "scores"
+
     def __init__(self, num_experts: int, losses: Sequence[RouterLoss] = ()) -> None:
         super().__init__()
         if num_experts < 1:
@@ -87,7 +90,8 @@ class Router(Configurable, nn.Module):
         self._observers: list[list[Routing]] = []
         self._aux_scale: Tensor | None = None
         self._inputs: Inputs | None = None
-        self._load: Tensor | None = None  # where a BalanceController counts
+        self._load: Tensor | None = None  # where a controller adds up what it measures
+        self._measure: Callable[[Router, Routing], Tensor] | None = None
         self.expert_bias: Tensor | None
         self.register_buffer("expert_bias", None)
 
@@ -121,8 +125,8 @@ class Router(Configurable, nn.Module):
             routing = routing._replace(group_offsets=context["group_offsets"])
         if self.training and self.losses:
             routing = self._deliver(routing)
-        if self.training and self._load is not None:
-            weights = Count.apply(routing.weights, routing.counts, self._load)
+        if self.training and self._measure is not None:
+            weights = Count.apply(routing.weights, self._measure(self, routing), self._load)
             routing = routing._replace(weights=weights)
         if (self._sinks or self._observers) and not in_backward():
             for sink in [*self._sinks, *self._observers]:
@@ -144,7 +148,9 @@ class Router(Configurable, nn.Module):
     # ---- for subclasses --------------------------------------------------------------------------
 
     def add_expert_bias(self) -> None:
-        """Adds the buffer ``expert_bias`` ``[num_experts]``, which a `BalanceController` moves.
+        """Adds the buffer ``expert_bias`` ``[num_experts]``, which a controller moves.
+
+        A router that adds it to logits for its choice, not to scores, has ``bias_of = "logits"``.
 
         It is float32 whatever the module is cast to: its steps, 1e-3, are below the resolution of
         the half types.

@@ -47,8 +47,9 @@ class TopKRouter(Router):
         epsilon: added to the sum that renormalised weights are divided by; as in `ops.topk_gate`.
         scale: factor :math:`c` of all weights.
         gate_bias: train a bias :math:`b` of the logits, the parameter ``bias`` (GPT-OSS).
-        selection_bias: have the buffer ``expert_bias``, added to the scores for the choice of
-            experts alone; a `BalanceController` moves it.
+        selection_bias: have the buffer ``expert_bias``, added for the choice of experts alone: to
+            the scores, or with ``"logits"`` to the logits. A `BalanceController` moves it, or, that
+            of logits, a `QuantileController`.
         num_groups, topk_group, group_score: choose among the experts of the best groups, as in
             `ops.topk_select`.
         jitter: multiply each number that the router sees by noise, uniform in
@@ -113,7 +114,7 @@ class TopKRouter(Router):
         epsilon: float | None = None,
         scale: float = 1.0,
         gate_bias: bool = False,
-        selection_bias: bool = False,
+        selection_bias: bool | str = False,
         num_groups: int = 1,
         topk_group: int = 1,
         group_score: str = "top2_sum",
@@ -133,6 +134,7 @@ class TopKRouter(Router):
         super().__init__(num_experts, losses)
         name = self._name
         check_choice(name, "score", score, ("softmax", "sigmoid", "sqrt_softplus"))
+        check_choice(name, "selection_bias", selection_bias, (False, True, "logits"))
         check_choice(name, "noise", noise, (None, "gumbel", "normal"))
         check_choice(name, "second_policy", second_policy, ("all", "random"))
         check_choice(name, "drop_policy", drop_policy, DROP_POLICIES)
@@ -190,6 +192,7 @@ class TopKRouter(Router):
         self.bias = nn.Parameter(torch.empty(num_experts)) if gate_bias else None
         if selection_bias:
             self.add_expert_bias()
+            self.bias_of = "logits" if selection_bias == "logits" else "scores"
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -281,13 +284,15 @@ class TopKRouter(Router):
         }
         if not replayed:
             slots = top_k if isinstance(top_k, int) else self.top_k
-            of_tokens = top_k if isinstance(top_k, Tensor) else None
-            weights, indices, statistics = ops.topk_gate(
-                logits, slots, token_top_k=of_tokens, **self._selection(logits.dtype), **options
-            )
+            selection = self._selection(logits.dtype)
+            selection["token_top_k"] = top_k if isinstance(top_k, Tensor) else None
+            if self.bias_of == "logits":
+                indices = ops.topk_select(logits, slots, valid_mask=valid_mask, **selection)
+        elif valid_mask is not None:
+            indices = torch.where(valid_mask.unsqueeze(-1), indices, -1)
+        if indices is None:
+            weights, indices, statistics = ops.topk_gate(logits, slots, **selection, **options)
         else:
-            if valid_mask is not None:
-                indices = torch.where(valid_mask.unsqueeze(-1), indices, -1)
             weights, statistics = ops.gate(logits, indices, **options)
         counts = statistics.group_counts  # of one group, mostly: a view is cheaper than a sum
         counts = counts[0] if group_offsets is None else counts.sum(0)

@@ -20,7 +20,9 @@ def of_token(x, context, router):
     if router.bias is not None:
         logits = logits + router.bias
     scores = SCORES[router.score](logits)
-    by = logits if router.expert_bias is None else scores + router.expert_bias
+    by = logits
+    if router.expert_bias is not None:
+        by = (logits if router.selection_bias == "logits" else scores) + router.expert_bias
     groups = [range(EXPERTS)]
     if router.num_groups > 1:
         size = EXPERTS // router.num_groups
@@ -61,6 +63,10 @@ ERRORS = [
         ARGUMENTS | {"num_groups": 4},
         "topk_select: expected num_groups to divide num_experts=6, got 4",
     ),
+    (
+        ARGUMENTS | {"selection_bias": "weights"},
+        "TopKRouter: expected selection_bias among [False, True, 'logits'], got 'weights'",
+    ),
     (ARGUMENTS | {"jitter": 1.0}, "TopKRouter: expected jitter in [0, 1), got 1.0"),
     (
         ARGUMENTS | {"capacity_factor": -1.0},
@@ -90,6 +96,19 @@ CASES = [
         "sigmoid, bias, groups",
         lambda: make(
             2, score="sigmoid", selection_bias=True, num_groups=3, topk_group=2, scale=2.5
+        ),
+        of_token=of_token,
+    ),
+    RouterCase("bias of logits", lambda: make(2, selection_bias="logits"), of_token=of_token),
+    RouterCase(
+        "bias of logits, groups",
+        lambda: make(
+            2,
+            score="sigmoid",
+            selection_bias="logits",
+            num_groups=3,
+            topk_group=2,
+            renormalize=False,
         ),
         of_token=of_token,
     ),
