@@ -2,16 +2,20 @@
 
 import json
 import math
+import os
 import random
+import re
 import shlex
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from torch import nn
 
-from torch_routers.ablation import corpora, run, statistics
+from torch_routers.ablation import corpora, draw, jobs, run, statistics
 from torch_routers.ablation.cli import main
 from torch_routers.ablation.corpora import Corpus, Document, base, chosen_domains, read_corpora
 from torch_routers.ablation.errors import AblationError
@@ -46,7 +50,7 @@ TINY = Settings(
 )
 TINY_OPTIONS = shlex.split(
     "--steps 3 --layers 2 --hidden-size 16 --heads 2 --num-experts 4 --expert-size 8 "
-    "--vocab-size 300 --sequence 16 --batch 4 --train-bytes 6000 --heldout-bytes 1500 --threads 1"
+    "--vocab-size 300 --sequence 16 --batch 4 --train-bytes 6000 --heldout-bytes 1500"
 )
 
 NEW = "    def __init__(self, hidden_size, num_experts, top_k): super().__init__(9, num_experts)\n"
@@ -86,9 +90,14 @@ def tiny_text() -> TokenText:
     return tokenize(text, vocab_size=TINY.vocab_size, length=TINY.sequence)
 
 
+def use_processors(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(count)), raising=False)
+
+
 @pytest.fixture
-def command(tmp_path: Path):
-    """Runs the command line on two small domains."""
+def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Runs the command line on two small domains, as on a machine with one processor."""
+    use_processors(monkeypatch, 1)
     texts = [text_folder(tmp_path, "a"), text_folder(tmp_path, "b")]
 
     def compare(*arguments: str) -> int:
@@ -422,14 +431,87 @@ def test_one_seed_has_no_spread():
     assert statistics.difference([1.0], [2.0]) is None
 
 
-def test_other_work_on_the_machine_is_told():
-    def row(load: float, threads: int = 2) -> run.RowResult:
-        machine = {"threads": threads, "load_average": [load, 0, 0]}
-        return run.RowResult("row", "", 1e-3, [{"machine": machine}])
+def result(name: str, bits: list[float], rate: float = 1e-3, **machine: object) -> run.RowResult:
+    machine = {"threads": 1, "load_average": None} | machine
+    records = [{"machine": machine, "test": {"bits_per_byte": value}} for value in bits]
+    return run.RowResult(name, "", rate, records)
 
-    assert len(conclusions([row(2.5)], row(2.5))) == 1  # two threads are the cell's own
-    assert len(conclusions([row(9, threads=1)], row(9))) == 1  # one thread waits for no other
-    assert "1 of 2 cells" in conclusions([row(0), row(4)], row(0))[1]
+
+def test_other_work_on_the_machine_is_told():
+    def told(load: float, **machine: int) -> list[str]:
+        busy = result("busy", [1.0], load_average=[load, 0, 0], **machine)
+        return conclusions([result("base", [1.0]), busy], result("base", [1.0]), [1e-3])[1:]
+
+    assert not told(2.5, threads=2)  # two threads are the cell's own
+    assert not told(6.5, threads=2, jobs=3)
+    assert not told(9, threads=1, jobs=2)  # one thread waits for no other
+    assert "1 of 2 cells" in told(4, threads=2)[0]
+    assert "1 of 2 cells" in told(8, threads=2, jobs=3)[0]
+
+
+@pytest.mark.parametrize(("count", "chance"), [(2, "0.05 of these 1"), (15, "0.7 of these 14")])
+def test_conclusions_count_every_row(count: int, chance: str):
+    base = result("base", [1.0, 2.0, 4.0])
+    others = [result(f"row{n}", [2.0, 3.0, 5.0 + n]) for n in range(1, count)]
+    first, *lines = conclusions([base, *others], base, [1e-3])
+    assert chance in first and "3 paired seeds" in first and "Differences to base" in first
+    # Differences 1, 1, 2: 4/3 with the interval of the test above.
+    assert lines[0] == "row1: +1.333 ± 1.434, not distinguishable from 0; detectable: 1.788."
+    assert [line.split(":")[0] for line in lines] == [row.name for row in others]
+    assert conclusions([base], base, [1e-3]) == []
+
+
+def test_a_best_learning_rate_at_the_end_of_those_tried_is_told():
+    rows = [result(name, [1.0], rate) for name, rate in (("a", 1e-3), ("b", 2e-3), ("c", 4e-3))]
+    (told,) = conclusions(rows, rows[0], [1e-3, 2e-3, 4e-3])[1:]
+    assert told.startswith("a, c: the best learning rate is the lowest or the highest")
+    assert not conclusions(rows[1:2], rows[1], [2e-3])[1:]
+
+
+def routed(load: list, slots_per_token: float) -> run.RowResult:
+    test = {"load": load, "slots_per_token": slots_per_token}
+    return run.RowResult("row", "", 1e-3, [{"test": test}])
+
+
+def test_experts_in_use_by_layer():
+    # Two layers, two domains, three experts, 20 tokens: 30 and 50 slots.
+    row = routed([[[10, 0, 0], [20, 0, 0]], [[10, 10, 10], [10, 10, 0]]], 2.0)
+    active, per_token = draw.experts_in_use(row)
+    assert active.tolist() == [1, 3]
+    assert per_token.tolist() == [1.5, 2.5]
+
+
+@pytest.mark.filterwarnings("error")
+def test_heat_maps_of_a_layer_without_slots():
+    load = draw.loads(routed([[[3, 1], [0, 0]], [[0, 0], [0, 0]]], 1.0))
+    axes = Figure().subplots()
+    assert draw.load_map(axes, load).get_array().tolist() == [[1.5, 0.5], [0, 0]]
+    assert [text.get_text() for text in axes.texts] == ["1.5", "0.5", "0.0", "0.0"]
+    shares = draw.domain_map(Figure().subplots(), load).get_array().tolist()
+    assert shares == [[1.5, 0.5, 0, 0], [0, 0, 0, 0]]
+
+
+@pytest.mark.parametrize("steps", [1, 7, 60, 1000])
+def test_smoothing_moves_no_line(steps: int):
+    # Straight lines keep their place, and a single high step keeps its weight.
+    places, means = draw.smooth(np.arange(1.0, steps + 1))
+    assert means == pytest.approx(places)
+    assert len(places) == steps + 1 - max(1, round(steps / 10))
+    if steps > 20:
+        spike = np.zeros(steps)
+        spike[steps // 2] = 1
+        assert draw.smooth(spike)[1].sum() == pytest.approx(1)
+
+
+def test_differences_by_domain_are_paired():
+    def row(values: list[list[float]]) -> run.RowResult:
+        tests = [{"bits_per_byte": a, "bits_per_byte_by_domain": {"b": b}} for a, b in values]
+        return run.RowResult("row", "", 1e-3, [{"test": test} for test in tests])
+
+    found = draw.domain_differences(row([[2, 5], [4, 8]]), row([[1, 3], [3, 4]]))
+    assert found["all text"] == statistics.Spread(1, 0)
+    assert found["b"] == statistics.Spread(3, pytest.approx(math.sqrt(2)))
+    assert draw.domain_differences(row([[2, 5]]), None)["b"] == statistics.Spread(5, None)
 
 
 # ---- cells ---------------------------------------------------------------------------------------
@@ -444,7 +526,7 @@ def fake_cell(row, settings, text, *, seed, learning_rate, on_step):
 
 
 def test_learning_rate_is_chosen_by_validation(tmp_path, tiny_text, monkeypatch):
-    monkeypatch.setattr(run, "train_cell", fake_cell)
+    monkeypatch.setattr(jobs, "train_cell", fake_cell)
     settings = replace(TINY, learning_rates=(1e-3, 2e-3, 4e-3), seeds=(0, 1))
     results = Results(tmp_path / "results.jsonl", [])
     (row,) = run.run_rows([ROWS["hash"]], settings, tiny_text, "sha", results, write=print)
@@ -460,7 +542,7 @@ def test_a_changed_router_or_text_is_run_again(tmp_path, tiny_text, monkeypatch)
         seen.append(row.source)
         return fake_cell(row, *arguments, **options)
 
-    monkeypatch.setattr(run, "train_cell", count)
+    monkeypatch.setattr(jobs, "train_cell", count)
     results = Results(tmp_path / "results.jsonl", [])
     for source, data in (("old", "a"), ("old", "a"), ("new", "a"), ("new", "b")):
         row = replace(ROWS["hash"], source=source)
@@ -488,7 +570,8 @@ def test_all_rows_and_a_router_file_end_to_end(command, tmp_path, capsys):
     assert command(*options) == 0
     out = tmp_path / "out"
     pictures = {"loss_curves.png", "domains.png", "load.png", "specialisation.png"}
-    assert {path.name for path in out.iterdir()} == pictures | {"results.jsonl", "table.md"}
+    files = pictures | {"results.jsonl", "table.md", "routers"}
+    assert {path.name for path in out.iterdir()} == files
     records = [json.loads(line) for line in (out / "results.jsonl").open()]
     assert len(records) == (len(ROWS) + 1) * 2
     for record in records:
@@ -499,11 +582,31 @@ def test_all_rows_and_a_router_file_end_to_end(command, tmp_path, capsys):
     table = (out / "table.md").read_text()
     for name in (*ROWS, "CosineRouter"):
         assert f"| {name} | " in table
+        assert f"- [{name}](routers/{name}.png): " in table
+        assert (out / "routers" / f"{name}.png").stat().st_size > 10_000
     assert all(f"]({name})" in table for name in pictures)
+    assert "learning rate" not in table
     assert records[0]["cell"]["data_sha256"] in table
     assert "2 paired seeds" in table and "detect" in table
     printed = capsys.readouterr().out
-    assert "load average" in printed and "1 threads" in printed
+    assert "load average" in printed and "1 jobs, 1 threads each" in printed
+
+
+def test_the_learning_rate_of_each_row_is_told(command, tmp_path, capsys):
+    assert command("--rows", "dense-active,hash", "--learning-rates", "0.001", "0.01") == 0
+    table = (tmp_path / "out" / "table.md").read_text()
+    assert "active, k | learning rate |" in table and "of 0.001 0.01, that is best" in table
+    printed = capsys.readouterr().out
+    assert re.search(r"active, k +learning rate$", printed, re.MULTILINE)
+    assert re.search(r"^hash .* 0.01$", printed, re.MULTILINE)
+
+
+@pytest.mark.parametrize(("threads", "count"), [(1, 6), (2, 3), (4, 1), (7, 1)])
+def test_jobs_take_the_processors(command, capsys, monkeypatch, threads: int, count: int):
+    use_processors(monkeypatch, 6)
+    # One cell, and so one process, whatever the number of jobs.
+    assert command("--rows", "hash", "--threads", str(threads)) == 0
+    assert f"; {count} jobs, {threads} threads each" in capsys.readouterr().out
 
 
 def test_finished_cells_are_not_run_again(command, tmp_path, capsys, monkeypatch):
@@ -516,7 +619,7 @@ def test_finished_cells_are_not_run_again(command, tmp_path, capsys, monkeypatch
         raise AssertionError("a finished cell was run again")
 
     with monkeypatch.context() as patch:
-        patch.setattr(run, "train_cell", forbidden)
+        patch.setattr(jobs, "train_cell", forbidden)
         assert command(*rows) == 0
         assert (tmp_path / "out" / "table.md").read_text() == first
         assert "2 cells are finished already" in capsys.readouterr().out
@@ -567,6 +670,7 @@ def test_wrong_router_file(source, message, command, tmp_path, capsys):
         (("--top-k", "9"), "--top-k: expected at most num_experts=4, got 9"),
         (("--hidden-size", "18"), "--hidden-size: expected a multiple of 2 * heads=4, got 18"),
         (("--threads", "0"), "--threads: expected at least 1, got 0"),
+        (("--jobs", "0"), "--jobs: expected at least 1, got 0"),
         (("--text", "c"), "--text: expected NAME=DIR with a new NAME, got c"),
     ],
 )

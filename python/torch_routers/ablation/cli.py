@@ -14,12 +14,14 @@ from tqdm import tqdm
 import torch_routers as tr
 from torch_routers.ablation.corpora import CORPORA, chosen_domains, read_corpora
 from torch_routers.ablation.errors import AblationError
+from torch_routers.ablation.jobs import load_average
+from torch_routers.ablation.pages import FOLDER, draw_pages
 from torch_routers.ablation.plots import draw_all
 from torch_routers.ablation.presets import PRESETS, Settings
 from torch_routers.ablation.report import conclusions, console_line, data_lines, table_markdown
 from torch_routers.ablation.results import Results
 from torch_routers.ablation.rows import ROWS, chosen_rows
-from torch_routers.ablation.run import load_average, run_rows
+from torch_routers.ablation.run import run_rows
 from torch_routers.ablation.split import split_corpora
 from torch_routers.ablation.tokens import tokenize
 
@@ -64,7 +66,10 @@ def parser() -> argparse.ArgumentParser:
         metavar="FILE.py:CLASS",
         help="your router as one more row; may be repeated. The file is run",
     )
-    result.add_argument("--threads", type=int, help="of torch; default: free processors")
+    result.add_argument(
+        "--jobs", type=int, help="models trained at once; default: processors / threads"
+    )
+    result.add_argument("--threads", type=int, default=1, help="of torch in each job; default: 1")
     result.add_argument("--fresh", action="store_true", help="run finished cells again as well")
     sizes = result.add_argument_group("sizes, instead of the preset's")
     for option in fields(Settings):
@@ -96,11 +101,9 @@ def _compare(options: argparse.Namespace) -> None:
     begin = time.perf_counter()
     settings = _settings(options)
     rows = chosen_rows(options.rows, options.router)
-    threads = _free_threads() if options.threads is None else options.threads
-    if threads < 1:
-        raise AblationError(f"--threads: expected at least 1, got {threads}")
-    torch.set_num_threads(threads)
-    print(_machine())
+    jobs = _jobs(options)
+    torch.set_num_threads(options.threads)
+    print(_machine(jobs))
 
     print("Reading text …", flush=True)
     text = split_corpora(
@@ -115,20 +118,20 @@ def _compare(options: argparse.Namespace) -> None:
     results = Results(options.out / "results.jsonl", notes, forget=options.fresh)
     for note in notes:
         print(note)
-    seeds = len(settings.seeds)
     finished = []
-    for row in run_rows(rows, settings, tokens, text.sha256(), results, write=_write):
+    for row in run_rows(rows, settings, tokens, text.sha256(), results, write=_write, jobs=jobs):
         if not finished:
-            _write(console_line(None, None, seeds))
+            _write(console_line(None, None, settings))
         finished.append(row)
-        _write(console_line(row, finished[0], seeds))
+        _write(console_line(row, finished[0], settings))
     baseline = finished[0]
     pictures = draw_all(finished, baseline, options.out)
-    table = table_markdown(finished, baseline, settings, text, tokens, pictures)
+    pages = draw_pages(finished, baseline, options.out)
+    table = table_markdown(finished, baseline, settings, text, tokens, pictures, pages)
     (options.out / "table.md").write_text(table, encoding="utf-8")
-    for line in conclusions(finished, baseline):
+    for line in conclusions(finished, baseline, settings.learning_rates):
         print(line)
-    names = ", ".join(("results.jsonl", "table.md", *pictures))
+    names = ", ".join(("results.jsonl", "table.md", *pictures, f"{FOLDER}/"))
     print(f"{options.out}: {names}. {time.perf_counter() - begin:.0f} s.")
 
 
@@ -157,20 +160,21 @@ def _folders(arguments: Sequence[str]) -> dict[str, Path]:
     return folders
 
 
-def _free_threads() -> int:
-    """As many of torch's threads as processors have nothing else to do.
+def _jobs(options: argparse.Namespace) -> int:
+    """As many as the processors allow; other work on them only takes its share."""
+    usable = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else ()
+    processors = len(usable) or os.cpu_count() or 1
+    for name in ("threads", "jobs"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise AblationError(f"--{name}: expected at least 1, got {value}")
+    return options.jobs or max(1, processors // options.threads)
 
-    Two threads that share a processor with other work are several times slower than one, because
-    they wait for each other dozens of times per layer.
-    """
-    busy = (load_average() or (0.0,))[0]
-    return max(1, min(torch.get_num_threads(), round((os.cpu_count() or 1) - busy)))
 
-
-def _machine() -> str:
+def _machine(jobs: int) -> str:
     load = load_average()
     return (
-        f"torch_routers {tr.__version__}, torch {torch.__version__}; {torch.get_num_threads()} "
-        f"threads, {os.cpu_count()} processors; load average "
+        f"torch_routers {tr.__version__}, torch {torch.__version__}; {jobs} jobs, "
+        f"{torch.get_num_threads()} threads each, {os.cpu_count()} processors; load average "
         f"{' '.join(f'{value:.2f}' for value in load) if load else 'unknown'}"
     )

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from torch_routers.ablation.presets import Settings
 from torch_routers.ablation.run import RowResult, versions
 from torch_routers.ablation.split import SplitText
-from torch_routers.ablation.statistics import difference, spread
+from torch_routers.ablation.statistics import CONFIDENCE, difference, spread
 from torch_routers.ablation.tokens import TokenText
 from torch_routers.metrics import ACTIVE_SHARE
 
@@ -54,17 +54,20 @@ COLUMNS = (
     _measure("load CV", "load_cv", 2),
     _measure("MI, bits", "mutual_information", 3),
     _measure("active experts", "active_experts", 1),
+    _measure("experts/token", "slots_per_token", 2),
     _measure("CPU s", "cpu_seconds", 0),
     _measure("tokens/CPU s", "tokens_per_cpu_second", 0),
     _thousands("parameters, k", "parameters"),
     _thousands("active, k", "active_parameters"),
 )
+LEARNING_RATE = Column("learning rate", lambda row, _: f"{row.learning_rate:g}")
 
 
-def console_line(row: RowResult | None, baseline: RowResult | None, seeds: int) -> str:
+def console_line(row: RowResult | None, baseline: RowResult | None, settings: Settings) -> str:
     """A row in columns of fixed width; without a row, the headings."""
+    seeds = len(settings.seeds)
     cells = []
-    for column in COLUMNS:
+    for column in _columns(settings):
         text = column.show(row, baseline) if row and baseline else column.heading
         width = max(len(column.heading), len(" 1.234"))
         if column.spreads and seeds > 1:
@@ -73,9 +76,20 @@ def console_line(row: RowResult | None, baseline: RowResult | None, seeds: int) 
     return "  ".join(cells).rstrip()
 
 
-def conclusions(rows: Sequence[RowResult], baseline: RowResult) -> list[str]:
+def _columns(settings: Settings) -> tuple[Column, ...]:
+    """What was chosen is told only where there was a choice."""
+    return (*COLUMNS, LEARNING_RATE) if len(settings.learning_rates) > 1 else COLUMNS
+
+
+def conclusions(
+    rows: Sequence[RowResult], baseline: RowResult, learning_rates: Sequence[float]
+) -> list[str]:
     """What the numbers can and cannot tell about the differences to the baseline."""
-    return [*_differences(rows, baseline), *_disturbances(rows)]
+    return [
+        *_differences(rows, baseline),
+        *_ends_of_the_range(rows, learning_rates),
+        *_disturbances(rows),
+    ]
 
 
 def _differences(rows: Sequence[RowResult], baseline: RowResult) -> list[str]:
@@ -93,11 +107,30 @@ def _differences(rows: Sequence[RowResult], baseline: RowResult) -> list[str]:
             continue
         told = "distinguishable" if abs(found.mean) > found.margin else "not distinguishable"
         lines.append(
-            f"{row.name}: {found.mean:+.3f} ± {found.margin:.3f} bits/byte against "
-            f"{baseline.name} (95 % interval, {seeds} paired seeds), {told} from 0; smallest "
-            f"difference that {seeds} seeds like these detect: {found.detectable:.3f}."
+            f"{row.name}: {found.mean:+.3f} ± {found.margin:.3f}, {told} from 0; detectable: "
+            f"{found.detectable:.3f}."
         )
-    return lines
+    if not lines:
+        return []
+    return [
+        f"Differences to {baseline.name} in bits/byte, with 95 % intervals from {seeds} paired "
+        f"seeds, and the smallest difference that {seeds} seeds like these detect. If no row "
+        f"differed from {baseline.name}, {(1 - CONFIDENCE) * len(lines):.2g} of these "
+        f"{len(lines)} would still be told from 0, on average: a narrow win is a reason for more "
+        "seeds.",
+        *lines,
+    ]
+
+
+def _ends_of_the_range(rows: Sequence[RowResult], learning_rates: Sequence[float]) -> list[str]:
+    ends = min(learning_rates), max(learning_rates)
+    names = [row.name for row in rows if row.learning_rate in ends]
+    if not names or len(learning_rates) == 1:
+        return []
+    return [
+        f"{', '.join(names)}: the best learning rate is the lowest or the highest of those tried; "
+        "a better one may lie beyond."
+    ]
 
 
 def _disturbances(rows: Sequence[RowResult]) -> list[str]:
@@ -106,7 +139,9 @@ def _disturbances(rows: Sequence[RowResult]) -> list[str]:
     disturbed = [
         machine["load_average"][0]
         for machine in machines
-        if machine["load_average"] and machine["load_average"][0] > machine["threads"] + 1 > 2
+        if machine["threads"] > 1
+        and machine["load_average"]
+        and machine["load_average"][0] > machine.get("jobs", 1) * machine["threads"] + 1
     ]
     if not disturbed:
         return []
@@ -124,17 +159,21 @@ def table_markdown(
     text: SplitText,
     tokens: TokenText,
     pictures: dict[str, str],
+    pages: dict[str, str],
 ) -> str:
     """The whole report.
 
     Args:
         pictures: captions by file name.
+        pages: pictures of one row by its name.
     """
-    seeds = len(settings.seeds)
-    plus_minus = f" ± is the standard deviation over {seeds} seeds." if seeds > 1 else ""
-    # What was chosen is told only where there was a choice.
-    rates = [Column("learning rate", lambda row, _: f"{row.learning_rate:g}")]
-    columns = (*COLUMNS, *(rates if len(settings.learning_rates) > 1 else ()))
+    seeds, rates = len(settings.seeds), settings.learning_rates
+    notes = f" ± is the standard deviation over {seeds} seeds." if seeds > 1 else ""
+    if len(rates) > 1:
+        notes += (
+            f" Each row has the learning rate, of {_plain(rates)}, that is best for it on the "
+            "validation text."
+        )
     domains = [
         Column(domain, lambda row, _, domain=domain: _domain_bits(row, domain))
         for domain in tokens.domains
@@ -142,15 +181,16 @@ def table_markdown(
     parts = [
         "# Router comparison",
         f"Test text, {settings.steps} steps of {settings.batch} × {settings.sequence} tokens; "
-        f"`difference` is to `{baseline.name}` in bits/byte, less is better.{plus_minus}",
-        _table(rows, baseline, columns),
-        "\n".join(f"- `{row.name}`: {row.describes}" for row in rows),
+        f"`difference` is to `{baseline.name}` in bits/byte, less is better.{notes}",
+        _table(rows, baseline, _columns(settings)),
+        "Every name leads to a page of pictures:",
+        "\n".join(f"- [{row.name}]({pages[row.name]}): {row.describes}" for row in rows),
         f"Load CV: standard deviation of the experts' load over its mean. MI: what an expert "
         f"tells about the domain, in bits. Active experts: at least {ACTIVE_SHARE:.0%} of the "
-        "fair share. These three are means over layers. Active parameters: those that an "
-        "average token meets.",
+        "fair share. Experts/token: those that an average token meets. These four are means over "
+        "layers. Active parameters: those that an average token meets.",
         "## What may be concluded",
-        "\n".join(f"- {line}" for line in conclusions(rows, baseline)),
+        "\n".join(f"- {line}" for line in conclusions(rows, baseline, rates)),
         "## Bits per byte by domain",
         _table(rows, baseline, [COLUMNS[0], *domains]),
         *(f"![{caption}]({name})\n\n{caption}" for name, caption in pictures.items()),

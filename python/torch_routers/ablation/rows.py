@@ -29,12 +29,18 @@ class Row:
         feed_forward: from settings and token counts ``[vocab_size]`` to the function that builds
             the feed-forward layer from a seed and a layer number.
         source: sha256 of the file that it comes from, when that is the user's.
+        file: ``FILE.py:CLASS``, likewise.
     """
 
     name: str
     describes: str
     feed_forward: Callable[[Settings, Tensor], Callable[[int, int], nn.Module]]
     source: str | None = None
+    file: str | None = None
+
+    def __reduce__(self) -> tuple[Callable[..., "Row"], tuple[str | None, ...]]:
+        """Another process builds its functions again."""
+        return _row_again, (self.name, self.source, self.file)
 
 
 def _dense(name: str, describes: str, experts: Callable[[Settings], int]) -> Row:
@@ -55,6 +61,7 @@ def _routed(
     describes: str,
     router: Callable[[Settings, Tensor], tr.Router],
     source: str | None = None,
+    file: str | None = None,
     merged: bool = False,
 ) -> Row:
     def feed_forward(settings: Settings, token_counts: Tensor):
@@ -74,7 +81,7 @@ def _routed(
 
         return build
 
-    return Row(name, describes, feed_forward, source)
+    return Row(name, describes, feed_forward, source, file)
 
 
 def _hash(settings: Settings, token_counts: Tensor) -> tr.Router:
@@ -245,7 +252,14 @@ def router_file_row(argument: str) -> Row:
 
     source = hashlib.sha256(path.read_bytes()).hexdigest()
     router(Settings(), Tensor())  # a wrong constructor should not wait for its turn
-    return _routed(class_name, f"from {path.name}", router, source)
+    return _routed(class_name, f"from {path.name}", router, source, argument)
+
+
+def _row_again(name: str, source: str | None, file: str | None) -> Row:
+    row = ROWS[name] if file is None else router_file_row(file)
+    if row.source != source:
+        raise AblationError(f"--router: expected {file} to stay as it was, got another content")
+    return row
 
 
 def _run_file(path: Path):

@@ -1,8 +1,8 @@
 """All cells of a comparison, row by row; finished ones are not run again."""
 
-import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -11,11 +11,11 @@ import torch
 from tqdm import tqdm
 
 import torch_routers as tr
+from torch_routers.ablation.jobs import Cell, run_cells
 from torch_routers.ablation.presets import Settings
 from torch_routers.ablation.results import Results
 from torch_routers.ablation.rows import Row
 from torch_routers.ablation.tokens import TokenText
-from torch_routers.ablation.train import train_cell
 
 
 @dataclass(frozen=True)
@@ -46,28 +46,39 @@ def run_rows(
     data_sha256: str,
     results: Results,
     write: Callable[[str], None],
+    *,
+    jobs: int = 1,
 ) -> Iterator[RowResult]:
-    """Yields each row as soon as its last cell has ended, and shows progress on the way.
+    """Yields each row, in order, once its last cell has ended, and shows progress on the way.
 
     Args:
         write: prints a line without disturbing the progress bar.
+        jobs: cells that are trained at once.
     """
     cells = {row.name: _cells(row, settings, data_sha256) for row in rows}
-    missing = sum(results.find(cell) is None for row in cells.values() for cell in row)
-    finished = sum(map(len, cells.values())) - missing
+    missing = [cell for row in cells.values() for cell in row if results.find(cell) is None]
+    finished = sum(map(len, cells.values())) - len(missing)
     if finished:
         write(f"{finished} cells are finished already and are not run again (--fresh runs them)")
-    with tqdm(
-        total=missing * settings.steps,
+    bar = tqdm(
+        total=len(missing) * settings.steps,
         unit="step",
         mininterval=0.5 if sys.stderr.isatty() else 10,
         dynamic_ncols=True,
         disable=not missing,
-    ) as bar:
+    )
+
+    def on_step(cell: Cell, bits: float) -> None:
+        label = f"{cell['row']}, seed {cell['seed']}, rate {cell['learning_rate']:g}"
+        bar.set_description(label, refresh=False)
+        bar.set_postfix_str(f"{bits:.2f} bits/byte", refresh=False)
+        bar.update()
+
+    records = run_cells(missing, rows, settings, text, jobs=jobs, on_step=on_step)
+    with bar, closing(records):
         for row in rows:
-            for cell in cells[row.name]:
-                if results.find(cell) is None:
-                    results.add(_run_cell(row, cell, settings, text, bar))
+            while any(results.find(cell) is None for cell in cells[row.name]):
+                results.add(next(records))
             yield _choose(row, [results.find(cell) for cell in cells[row.name]])
 
 
@@ -81,12 +92,7 @@ def versions() -> dict[str, str]:
     }
 
 
-def load_average() -> tuple[float, ...] | None:
-    """Processes that wanted to run in the last 1, 5 and 15 minutes, where the system tells."""
-    return os.getloadavg() if hasattr(os, "getloadavg") else None
-
-
-def _cells(row: Row, settings: Settings, data_sha256: str) -> list[dict[str, Any]]:
+def _cells(row: Row, settings: Settings, data_sha256: str) -> list[Cell]:
     """The identities of a row's cells: everything that their numbers depend on."""
     shared = asdict(settings)
     seeds, learning_rates = shared.pop("seeds"), shared.pop("learning_rates")
@@ -103,26 +109,6 @@ def _cells(row: Row, settings: Settings, data_sha256: str) -> list[dict[str, Any
         for learning_rate in learning_rates
         for seed in seeds
     ]
-
-
-def _run_cell(
-    row: Row, cell: dict[str, Any], settings: Settings, text: TokenText, bar: tqdm
-) -> dict[str, Any]:
-    def on_step(bits: float) -> None:
-        bar.set_postfix_str(f"{bits:.2f} bits/byte", refresh=False)
-        bar.update()
-
-    bar.set_description(f"{row.name}, seed {cell['seed']}, rate {cell['learning_rate']:g}")
-    machine = {"threads": torch.get_num_threads(), "load_average": load_average()}
-    measured = train_cell(
-        row,
-        settings,
-        text,
-        seed=cell["seed"],
-        learning_rate=cell["learning_rate"],
-        on_step=on_step,
-    )
-    return {"cell": cell, "machine": machine, **measured}
 
 
 def _choose(row: Row, records: Sequence[dict[str, Any]]) -> RowResult:
