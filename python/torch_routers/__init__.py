@@ -10,6 +10,7 @@ from torch_routers.delivery import attach, collect, follow_inputs
 from torch_routers.layers import (
     ClampedSwiGLUExperts,
     ExpertList,
+    LoraExperts,
     MLPExperts,
     MoE,
     SoftMergedExperts,
@@ -49,6 +50,7 @@ __all__ = [
     "EntropyRouter",
     "ExpertList",
     "HashRouter",
+    "LoraExperts",
     "MLPExperts",
     "MoE",
     "NoisyTopKRouter",

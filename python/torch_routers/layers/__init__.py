@@ -7,12 +7,14 @@ from torch_routers.layers.experts import (
     SwiGLU,
     SwiGLUExperts,
 )
+from torch_routers.layers.lora_experts import LoraExperts
 from torch_routers.layers.moe import MoE
 from torch_routers.layers.soft_merged import SoftMergedExperts
 
 __all__ = [
     "ClampedSwiGLUExperts",
     "ExpertList",
+    "LoraExperts",
     "MLPExperts",
     "MoE",
     "SoftMergedExperts",
