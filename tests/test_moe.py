@@ -119,6 +119,10 @@ LAYERS = {
         lambda: blockffn(max_active=4, shared=tr.SwiGLU(H, 9), shared_gate=True),
         silu_mlp,
     ),
+    "lora": (
+        lambda: tr.MoE(router(), tr.LoraExperts(E, H, 3, alpha=6)),
+        lambda experts, e: lambda x: 2 * F.linear(F.linear(x, experts.A[e]), experts.B[e]),
+    ),
     "modules": (
         lambda: tr.MoE(
             router(),
@@ -134,7 +138,7 @@ def layer(name, dtype=torch.float32):
     torch.manual_seed(1)
     moe = LAYERS[name][0]().to(dtype)
     for key, parameter in moe.named_parameters():
-        if "bias" in key:
+        if "bias" in key or key == "experts.B":
             nn.init.normal_(parameter)
     return moe
 

@@ -8,6 +8,7 @@ from torch_routers.layers.experts import (
     SwiGLU,
     SwiGLUExperts,
 )
+from torch_routers.layers.lora_experts import LoraExperts
 from torch_routers.layers.moe import MoE
 from torch_routers.layers.soft_merged import SoftMergedExperts
 
@@ -15,6 +16,7 @@ __all__ = [
     "BlockFFN",
     "ClampedSwiGLUExperts",
     "ExpertList",
+    "LoraExperts",
     "MLPExperts",
     "MoE",
     "SoftMergedExperts",

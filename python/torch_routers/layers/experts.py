@@ -3,6 +3,9 @@
 A bank is any module with ``forward(rows, offsets)``: ``rows`` ``[rows, hidden_size]``, of which
 ``offsets[e]:offsets[e + 1]`` are those of expert ``e``; rows behind the last offset belong to no
 expert, and their result must be finite.
+
+The banks here also take a `Merge` in the place of offsets: they then apply to the rows of each
+segment one expert, merged from all.
 """
 
 from collections.abc import Iterable
@@ -11,22 +14,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torch_routers.ops import grouped_linear
+from torch_routers.ops import grouped_linear, merged_linear
+from torch_routers.routing import Merge
 
 
-class _Experts(nn.Module):
-    def __init__(self, num_experts: int, hidden_size: int, intermediate_size: int) -> None:
+class ExpertBank(nn.Module):
+    """A bank of which every parameter is ``[num_experts, ...]``.
+
+    ``sizes`` are attributes under their names.
+    """
+
+    num_experts: int
+    hidden_size: int
+
+    def __init__(self, **sizes: int) -> None:
         super().__init__()
-        sizes = {
-            "num_experts": num_experts,
-            "hidden_size": hidden_size,
-            "intermediate_size": intermediate_size,
-        }
         for name, size in sizes.items():
             if size < 1:
                 raise ValueError(f"{type(self).__name__}: expected {name} >= 1, got {size}")
-        self.num_experts, self.hidden_size = num_experts, hidden_size
-        self.intermediate_size = intermediate_size
+            setattr(self, name, size)
+        self._sizes = tuple(sizes)
 
     def _add(self, name: str, out_features: int, in_features: int, bias: bool) -> None:
         """The weight ``name`` ``[num_experts, out, in]`` and, if wanted, its bias."""
@@ -35,9 +42,11 @@ class _Experts(nn.Module):
         of_rows = nn.Parameter(torch.empty(self.num_experts, out_features)) if bias else None
         self.register_parameter(f"{name}_bias", of_rows)
 
-    def _linear(self, name: str, rows: Tensor, offsets: Tensor) -> Tensor:
-        bias = getattr(self, f"{name}_bias")
-        return grouped_linear(rows, getattr(self, name), offsets, bias)
+    def _linear(self, name: str, rows: Tensor, offsets: Tensor | Merge) -> Tensor:
+        weight, bias = getattr(self, name), getattr(self, f"{name}_bias")
+        if isinstance(offsets, Merge):
+            return merged_linear(rows, weight, *offsets, bias)
+        return grouped_linear(rows, weight, offsets, bias)
 
     def reset_parameters(self) -> None:
         """Normal, of standard deviation 1 / sqrt(input features); biases are 0."""
@@ -48,13 +57,10 @@ class _Experts(nn.Module):
                 nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
 
     def extra_repr(self) -> str:
-        return (
-            f"num_experts={self.num_experts}, hidden_size={self.hidden_size}, "
-            f"intermediate_size={self.intermediate_size}"
-        )
+        return ", ".join(f"{name}={getattr(self, name)}" for name in self._sizes)
 
 
-class SwiGLUExperts(_Experts):
+class SwiGLUExperts(ExpertBank):
     r"""Experts with a gated hidden layer (arXiv 2002.05202), as in Mixtral and most models since.
 
     .. math::  y = W^{down}_e \big( \mathrm{silu}(W^{gate}_e x) \odot W^{up}_e x \big)
@@ -71,7 +77,9 @@ class SwiGLUExperts(_Experts):
     def __init__(
         self, num_experts: int, hidden_size: int, intermediate_size: int, *, bias: bool = False
     ) -> None:
-        super().__init__(num_experts, hidden_size, intermediate_size)
+        super().__init__(
+            num_experts=num_experts, hidden_size=hidden_size, intermediate_size=intermediate_size
+        )
         self._add("gate_up_proj", 2 * intermediate_size, hidden_size, bias)
         self._add("down_proj", hidden_size, intermediate_size, bias)
         self.reset_parameters()
@@ -99,7 +107,7 @@ class SwiGLUExperts(_Experts):
                 experts.down_proj_bias.copy_(down.bias)
         return experts
 
-    def forward(self, rows: Tensor, offsets: Tensor) -> Tensor:
+    def forward(self, rows: Tensor, offsets: Tensor | Merge) -> Tensor:
         gate, up = self._linear("gate_up_proj", rows, offsets).chunk(2, -1)
         return self._linear("down_proj", self._glu(gate, up), offsets)
 
@@ -136,7 +144,7 @@ class ClampedSwiGLUExperts(SwiGLUExperts):
         return (up + 1) * (gate * torch.sigmoid(self.alpha * gate))
 
 
-class MLPExperts(_Experts):
+class MLPExperts(ExpertBank):
     r"""Experts with one hidden layer, as in Switch (arXiv 2101.03961) with ReLU.
 
     .. math::  y = W^{down}_e \, \phi(W^{up}_e x)
@@ -158,7 +166,9 @@ class MLPExperts(_Experts):
         activation: str = "gelu",
         bias: bool = False,
     ) -> None:
-        super().__init__(num_experts, hidden_size, intermediate_size)
+        super().__init__(
+            num_experts=num_experts, hidden_size=hidden_size, intermediate_size=intermediate_size
+        )
         if activation not in self._ACTIVATIONS:
             raise ValueError(
                 f"MLPExperts: expected activation among {sorted(self._ACTIVATIONS)}, "
@@ -169,7 +179,7 @@ class MLPExperts(_Experts):
         self._add("down_proj", hidden_size, intermediate_size, bias)
         self.reset_parameters()
 
-    def forward(self, rows: Tensor, offsets: Tensor, scale: Tensor | None = None) -> Tensor:
+    def forward(self, rows: Tensor, offsets: Tensor | Merge, scale: Tensor | None = None) -> Tensor:
         hidden = self._ACTIVATIONS[self.activation](self._linear("up_proj", rows, offsets))
         if scale is not None:
             hidden = (hidden * scale).to(hidden.dtype)

@@ -42,9 +42,10 @@ class MoE(nn.Module):
             experts lose rows, which then add nothing. Default: room for all. In eager mode on the
             CPU there is exactly as much room as is needed.
 
-    ``moe(x)`` is a tensor of the shape and dtype of ``x``; ``moe(x, return_routing=True)`` is that
-    and the `Routing`. Everything else goes to the router by keyword: ``valid_mask``,
-    ``token_ids``, ``indices`` … Masked tokens come out as zero.
+    ``moe(x)`` is a tensor of the shape and dtype of ``x``, save that experts with ``out_features``
+    have those as the last dimension; ``moe(x, return_routing=True)`` is that and the `Routing`.
+    Everything else goes to the router by keyword: ``valid_mask``, ``token_ids``, ``indices`` …
+    Masked tokens come out as zero.
 
     Raises:
         ValueError: router and experts do not fit each other, or an argument does not fit.
@@ -131,7 +132,7 @@ class MoE(nn.Module):
         if self.scale_input:
             rows, weights = rows * of_rows(weights, plan).to(rows.dtype), None
         y = ops.combine_tokens(self.experts(rows, plan.offsets), weights, plan)
-        return y.to(x.dtype).view(x.shape)
+        return y.to(x.dtype).view(*x.shape[:-1], y.shape[-1])
 
     def _merged(self, x: Tensor, routing: Routing, valid_mask: Tensor | None) -> Tensor:
         if routing.merge is None:
@@ -139,11 +140,12 @@ class MoE(nn.Module):
                 "MoE: expected a router that merges experts for SoftMergedExperts, got "
                 f"{type(self.router).__name__}"
             )
-        return self._without_padding(
-            lambda x: self.experts(x.reshape(-1, x.shape[-1]), routing.merge).view(x.shape),
-            x,
-            valid_mask,
-        ).to(x.dtype)
+
+        def merged(x: Tensor) -> Tensor:
+            y = self.experts(x.reshape(-1, x.shape[-1]), routing.merge)
+            return y.view(*x.shape[:-1], y.shape[-1])
+
+        return self._without_padding(merged, x, valid_mask).to(x.dtype)
 
     def _shared(self, x: Tensor, valid_mask: Tensor | None) -> Tensor:
         def gated(x: Tensor) -> Tensor:

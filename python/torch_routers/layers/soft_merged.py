@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from torch_routers.layers.experts import ExpertBank
 from torch_routers.ops.soft_merge import soft_merge
 from torch_routers.routing import Merge
 
@@ -19,11 +20,13 @@ class SoftMergedExperts(nn.Module):
     weights give that expert.
 
     Args:
-        experts: a bank whose parameters are all ``[num_experts, ...]``, such as `MLPExperts` or
-            `SwiGLUExperts`.
+        experts: a bank whose parameters are all ``[num_experts, ...]``: `MLPExperts`,
+            `SwiGLUExperts`, `LoraExperts`, or one of your own.
 
     Costs, for P parameters of an expert and B segments, B · E · P multiplications beyond those of
-    one expert per token, and the memory of B merged experts until the backward is done.
+    one expert per token, and as many again in the backward, which merges anew: nothing of B merged
+    experts is kept for it. A bank of your own is called with parameters that are merged already,
+    and those are kept.
 
     Raises:
         ValueError: a bank that is made otherwise.
@@ -51,6 +54,8 @@ class SoftMergedExperts(nn.Module):
         weights, offsets = merge
         if weights.shape[0] == 0:  # a bank has at least one expert: one that nobody sees
             weights, offsets = F.pad(weights, (0, 0, 0, 1)), F.pad(offsets, (0, 1))
+        if isinstance(self.experts, ExpertBank):
+            return self.experts(x, Merge(weights, offsets))
         merged = {
             name: soft_merge(weights, parameter)
             for name, parameter in self.experts.named_parameters()

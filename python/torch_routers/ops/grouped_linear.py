@@ -66,7 +66,7 @@ def grouped_linear(
 # ---- shapes --------------------------------------------------------------------------------------
 
 
-_DTYPES = torch.float32, torch.float64, torch.bfloat16, torch.float16
+DTYPES = torch.float32, torch.float64, torch.bfloat16, torch.float16
 
 
 def _check_engine(op, engine, x, in_features, out_features):
@@ -99,7 +99,7 @@ def _check_offsets(op, offsets):
 def _linear_fake(x, weight, offsets, bias=None, engine=None):
     op = "grouped_linear: expected"
     check(x.dim() == 2, lambda: f"{op} x of shape [rows, in_features], got {list(x.shape)}")
-    check_dtype("grouped_linear", "x", x, *_DTYPES)
+    check_dtype("grouped_linear", "x", x, *DTYPES)
     check(
         weight.dim() == 3 and weight.shape[2] == x.shape[1],
         lambda: (
@@ -160,6 +160,12 @@ def _ones(rows):
     return rows.new_ones(rows.shape[0], 8 if cuda else 1), None if cuda else "native"
 
 
+def bias_gradient(grad, offsets):
+    """``[num_experts, out_features]``: the sums over each expert's rows of ``grad``."""
+    ones, engine = _ones(grad)
+    return _grouped_outer(ones, grad, offsets, engine).select(1, 0)
+
+
 def _linear_backward(ctx, grad):
     x, weight, offsets, bias = ctx.saved_tensors
     grad_x = grad_weight = grad_bias = None
@@ -168,8 +174,7 @@ def _linear_backward(ctx, grad):
     if ctx.needs_input_grad[1]:
         grad_weight = _grouped_outer(grad, x, offsets, ctx.engine)
     if bias is not None and ctx.needs_input_grad[3]:
-        ones, engine = _ones(grad)
-        grad_bias = _grouped_outer(ones, grad, offsets, engine).select(1, 0)
+        grad_bias = bias_gradient(grad, offsets)
     return grad_x, grad_weight, None, grad_bias, None
 
 

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from torch_routers._autograd import autocast_dtype
+
 
 def soft_merge(weights: Tensor, parameters: Tensor) -> Tensor:
     r"""Mix the parameters of experts: one mixture per row of weights.
@@ -36,5 +38,13 @@ def soft_merge(weights: Tensor, parameters: Tensor) -> Tensor:
         if not x.is_floating_point():
             raise ValueError(f"soft_merge: expected {name} in a floating dtype, got {x.dtype}")
     dtype = torch.promote_types(torch.float32, parameters.dtype)
-    mixed = weights.to(dtype) @ parameters.reshape(parameters.shape[0], -1).to(dtype)
+    mixed = product(weights.to(dtype), parameters.reshape(parameters.shape[0], -1).to(dtype))
     return mixed.to(parameters.dtype).reshape(*weights.shape[:-1], *parameters.shape[1:])
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """``a @ b`` in the dtype that they have, whatever autocast would make of them."""
+    if autocast_dtype(a) is None:
+        return a @ b
+    with torch.autocast(a.device.type, enabled=False):
+        return a @ b

@@ -38,14 +38,17 @@ class SMEARRouter(Router):
         num_experts: experts to merge.
         router_norm: layer norm of :math:`m`, with gain and bias, and of each expert's row of
             :math:`V`, with gains that begin at 1e-2; both trained.
+        weight_norm_gain: the gains of the latter at first.
         expert_dropout: in ``[0, 1)``; 0.1 in the experiments of the paper.
+        jitter: multiply each number of :math:`m` by noise, uniform in
+            ``[1 - jitter, 1 + jitter]``, in training.
         segment: tokens per segment. Default: a segment is the whole sequence.
         causal: refuse arguments by which tokens would see later ones.
 
     The input is ``[..., sequence, hidden_size]``. ``routing.weights`` is
     ``[..., sequence, num_experts]``, the same for all tokens of a segment; ``routing.merge`` has it
     once per segment. ``weight`` :math:`V` is ``[num_experts, hidden_size]``, initialised from a
-    normal distribution of standard deviation 0.01. Call it with ``seed`` for a dropout of your own.
+    normal distribution of standard deviation 0.01. Call it with ``seed`` for noise of your own.
 
     Raises:
         ValueError: an argument that does not fit.
@@ -62,7 +65,9 @@ class SMEARRouter(Router):
         num_experts: int,
         *,
         router_norm: bool = True,
+        weight_norm_gain: float = 1e-2,
         expert_dropout: float = 0.1,
+        jitter: float = 0.0,
         segment: int | None = None,
         causal: bool = False,
     ) -> None:
@@ -71,6 +76,8 @@ class SMEARRouter(Router):
             raise ValueError(
                 f"{self._name}: expected expert_dropout in [0, 1), got {expert_dropout}"
             )
+        if not 0 <= jitter < 1:
+            raise ValueError(f"{self._name}: expected jitter in [0, 1), got {jitter}")
         if segment is not None and segment < 1:
             raise ValueError(f"{self._name}: expected segment >= 1, got {segment}")
         if causal and segment is None:
@@ -79,11 +86,12 @@ class SMEARRouter(Router):
                 "sequence tells its first token about its last one. Pass segment, such as 256"
             )
         self.hidden_size, self.router_norm = hidden_size, router_norm
+        self.weight_norm_gain, self.jitter = weight_norm_gain, jitter
         self.expert_dropout, self.segment, self.causal = expert_dropout, segment, causal
         self.traits = self.traits._replace(
             batch_dependency="sequence" if segment is None else "sequence_causal",
             causal=segment is not None,
-            random=expert_dropout > 0,
+            random=expert_dropout > 0 or jitter > 0,
         )
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
         for name in "norm_weight", "norm_bias", "weight_norm_weight", "weight_norm_bias":
@@ -95,7 +103,7 @@ class SMEARRouter(Router):
         nn.init.normal_(self.weight, std=0.01)
         if self.router_norm:
             nn.init.ones_(self.norm_weight)
-            nn.init.constant_(self.weight_norm_weight, 1e-2)
+            nn.init.constant_(self.weight_norm_weight, self.weight_norm_gain)
             nn.init.zeros_(self.norm_bias)
             nn.init.zeros_(self.weight_norm_bias)
 
@@ -127,10 +135,14 @@ class SMEARRouter(Router):
         means = _means(sequences, valid, size)
         if self.segment is not None:  # of the segment before
             means = F.pad(means[:, :-1], (0, 0, 1, 0))
+        noise = Noise(means, seed) if self.training and self.traits.random else None
+        if noise is not None and self.jitter:
+            uniform = noise.uniform(Stream.JITTER, self.hidden_size)
+            means = means * (1 + self.jitter * (2 * uniform - 1))
         logits = self._logits(means)
         weights = logits.softmax(-1)
-        if self.training and self.expert_dropout:
-            kept = Noise(weights, seed).uniform(Stream.EXPERTS, self.num_experts)
+        if noise is not None and self.expert_dropout:
+            kept = noise.uniform(Stream.EXPERTS, self.num_experts)
             weights = torch.where(kept >= self.expert_dropout, weights, 0) + 1e-10
             weights = weights / weights.sum(-1, keepdim=True)
 
