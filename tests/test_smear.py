@@ -397,6 +397,11 @@ def test_jitter_multiplies_the_mean():
     assert len(noise.unique()) > 0.99 * noise.numel()
     assert torch.equal(each(x, seed=3).logits / means, noise)
     assert each.traits.random and not router().traits.random
+    each.expert_dropout = 0.5
+    routing = each(x, seed=3)
+    out, upwards = routing.merge.weights < 1e-8, routing.logits.squeeze(1) / x.squeeze(1) > 1
+    shares = upwards[out].double().mean(), upwards[~out].double().mean()
+    assert all(abs(share - 0.5) < 0.1 for share in shares), "no number is used twice"
 
 
 def test_checkpoints_repeat_the_dropout():

@@ -50,7 +50,7 @@ class SoftMergedExperts(nn.Module):
         self.experts = experts
 
     def forward(self, x: Tensor, merge: Merge) -> Tensor:
-        """``[tokens, hidden_size]`` in segments to the same shape."""
+        """``[tokens, hidden_size]``, sorted by segment, to one result per token."""
         weights, offsets = merge
         if weights.shape[0] == 0:  # a bank has at least one expert: one that nobody sees
             weights, offsets = F.pad(weights, (0, 0, 0, 1)), F.pad(offsets, (0, 1))

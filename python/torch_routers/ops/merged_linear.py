@@ -145,6 +145,7 @@ def _backward(ctx, grad):
     if needs_x:
         merged = soft_merge(mix, weight).to(grad.dtype)
         grad_x = _grouped_linear(grad, merged.transpose(1, 2), offsets, None, None)
+        del merged  # before the next tensor of this size
     if needs_weight or needs_mix:
         of_merged = _grouped_outer(grad, x, offsets, None)
         if needs_weight:
