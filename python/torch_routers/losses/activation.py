@@ -4,16 +4,8 @@ import torch
 from torch import Tensor
 
 from torch_routers import ops
-from torch_routers.losses.base import RouterLoss
+from torch_routers.losses.base import RouterLoss, full_precision, valid_tokens
 from torch_routers.routing import Routing
-
-
-def _full_precision(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
-
-
-def _valid(logits: Tensor, valid_mask: Tensor | None) -> Tensor:
-    return torch.ones_like(logits[..., 0], dtype=torch.bool) if valid_mask is None else valid_mask
 
 
 def activation_probs(
@@ -77,8 +69,8 @@ def activation_locality(
     >>> activation_locality(z, sharpness=2)
     tensor(0.7138)
     """
-    valid = _valid(logits, valid_mask)
-    z = sharpness * torch.where(valid.unsqueeze(-1), _full_precision(logits), 0)
+    valid = valid_tokens(logits, valid_mask)
+    z = sharpness * torch.where(valid.unsqueeze(-1), full_precision(logits), 0)
     target = z[..., 1:, :].sigmoid()
     if detach_target:
         target = target.detach()
@@ -128,14 +120,14 @@ def chunk_sparsification(
     tensor(0.4750)
     """
     _check_chunks("chunk_sparsification", chunk_size, tail)
-    valid = _valid(probs, valid_mask)
+    valid = valid_tokens(probs, valid_mask)
     tokens, experts = probs.shape[-2:]
     rest = -tokens % chunk_size
     if tail == "error" and rest:
         raise ValueError(
             f"chunk_sparsification: expected tokens in whole chunks of {chunk_size}, got {tokens}"
         )
-    factors = 1 - torch.where(valid.unsqueeze(-1), _full_precision(probs), 0) + 1e-5
+    factors = 1 - torch.where(valid.unsqueeze(-1), full_precision(probs), 0) + 1e-5
     if tail == "drop":
         whole = tokens - tokens % chunk_size
         factors, valid = factors[..., :whole, :], valid[..., :whole]
@@ -267,9 +259,9 @@ def relu_sparsity(logits: Tensor, top_k: int, *, valid_mask: Tensor | None = Non
     >>> relu_sparsity(torch.tensor([[1.0, -1.0], [2.0, 1.0]]), 1)
     tensor(3.5000)
     """
-    valid = _valid(logits, valid_mask)
+    valid = valid_tokens(logits, valid_mask)
     experts = logits.shape[-1]
-    a = torch.where(valid.unsqueeze(-1), _full_precision(logits), 0).relu().reshape(-1, experts)
+    a = torch.where(valid.unsqueeze(-1), full_precision(logits), 0).relu().reshape(-1, experts)
     counts = (a > 0).sum(0)
     tokens = valid.sum().clamp(min=1).to(a.dtype)
     return (a.sum(0) * counts).sum() * experts / (tokens.square() * top_k)

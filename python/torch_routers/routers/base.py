@@ -117,7 +117,7 @@ class Router(Configurable, nn.Module):
             x = torch.where(valid_mask.unsqueeze(-1), x, 0)  # before any arithmetic: it may be NaN
         routing = self._route_in_full_precision(x, valid_mask, context)
         if self.training and self.losses:
-            routing = self._deliver(routing)
+            routing = self._deliver(routing, context)
         if self.training and self._load is not None:
             weights = Count.apply(routing.weights, routing.counts, self._load)
             routing = routing._replace(weights=weights)
@@ -246,8 +246,8 @@ class Router(Configurable, nn.Module):
         if self.expert_bias is not None:  # assign=True takes any dtype
             self.expert_bias = self.expert_bias.float()
 
-    def _deliver(self, routing: Routing) -> Routing:
-        aux_loss, values = evaluate(self.losses, routing)
+    def _deliver(self, routing: Routing, context: dict[str, Any]) -> Routing:
+        aux_loss, values = evaluate(self.losses, routing, {**context, "router": self})
         weights, attached = routing.weights, self._aux_scale is not None
         if attached:
             weights = Deliver.apply(weights, aux_loss, self._aux_scale)
