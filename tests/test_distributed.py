@@ -493,3 +493,49 @@ def test_a_loss_with_its_own_factor_leaves_the_task_its(ranks, wrap, delivery):
 def test_global_balance_of_two_ranks_with_different_numbers_of_tokens(ranks):
     """Gradients that are averaged over the ranks are those of one rank with all tokens."""
     ranks(global_balance_on_a_rank, 2)
+
+
+# ---- tasks that are spread over ranks ------------------------------------------------------------
+
+
+def information_on_ranks(reduction, tokens):
+    """Each rank has other tasks, and padding."""
+    rank, x = dist.get_rank(), batch(0, sum(tokens))
+    task_ids = torch.arange(len(x)) * 3 // len(x)
+    torch.manual_seed(1)
+    options = {"scope": "group", "grad_reduction": reduction}
+    single, router, compiled = (
+        tr.TopKRouter(H, 4, 2, losses=[tr.losses.MutualInformationLoss(0.7, 3, **o)]).double()
+        for o in ({}, options, options)
+    )
+    for other in router, compiled:
+        other.load_state_dict(single.state_dict())
+    together = single(x, task_ids=task_ids).aux_loss
+    expected = torch.autograd.grad(together, single.weight)[0]
+    mine = torch.cat([x.split(tokens)[rank], torch.full((3, H), torch.nan)])
+    context = {
+        "valid_mask": torch.arange(len(mine)) < tokens[rank],
+        "task_ids": torch.cat([task_ids.split(tokens)[rank], torch.tensor([0, 1, 2])]),
+    }
+    for call in router, torch.compile(compiled, fullgraph=True, backend="aot_eager"):
+        value = call(mine, **context).aux_loss
+        assert_close(value, together, rtol=1e-12, atol=0)
+        share = tokens[rank] * len(tokens) / len(x) if reduction is None else 1
+        gradient = torch.autograd.grad(share * value, call.weight)[0]
+        dist.all_reduce(gradient)
+        gradient /= 1 if reduction == "sum" else len(tokens)
+        assert (gradient - expected).norm() <= 1e-12 * expected.norm()
+
+    alone = tr.losses.MutualInformationLoss(0.7, 3, **options)
+    groups = [dist.new_group([r]) for r in range(len(tokens))]
+    alone.group = groups[rank]
+    assert copy.deepcopy(alone).group is groups[rank]
+    router.losses = nn.ModuleList([alone])
+    here = single(mine, **context)
+    assert_close(router(mine, **context).aux_loss, here.aux_loss)
+
+
+@pytest.mark.parametrize("tokens", [UNEVEN, EMPTY], ids=str)
+@pytest.mark.parametrize("reduction", [None, "mean", "sum"])
+def test_information_of_ranks_is_that_of_one_process(ranks, reduction, tokens):
+    ranks(information_on_ranks, len(tokens), reduction=reduction, tokens=tokens)

@@ -392,6 +392,10 @@ EACH = [
     tr.losses.EntropyLoss(0.5),
     tr.losses.LoadLoss(0.5),
     tr.losses.LoadLoss(0.5, unbiased=True),
+    tr.losses.VarianceLoss(0.5),
+    tr.losses.VarianceLoss(0.5, axis="token"),
+    tr.losses.SpecializationLoss(0.5),
+    tr.losses.SpecializationLoss(0.5, usage="topk", entropy_sign="paper"),
 ]
 
 
@@ -448,7 +452,8 @@ def test_a_single_expert_has_no_choice(loss):
     if isinstance(loss, tr.losses.ZLoss):
         assert_close((value, gradient), (logits.square().mean(), 2 / 5 * logits))
     else:
-        assert_close(value, torch.tensor(float("balance" in loss.name)))
+        perfect = "balance" in loss.name or loss.name == "specialization"
+        assert_close(value, torch.tensor(float(perfect)))
         assert_close(gradient, torch.zeros(5, 1))
 
 
@@ -713,6 +718,8 @@ def test_the_names_under_which_losses_are_logged():
         "ImportanceLoss": "importance",
         "EntropyLoss": "entropy",
         "LoadLoss": "load",
+        "VarianceLoss": "variance",
+        "SpecializationLoss": "specialization",
     }
 
 

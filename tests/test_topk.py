@@ -114,6 +114,8 @@ BLIND = [  # to drops
     tr.losses.ImportanceLoss(1.0),
     tr.losses.EntropyLoss(1.0),
     tr.losses.ZLoss(1.0),
+    tr.losses.VarianceLoss(1.0),
+    *(tr.losses.SpecializationLoss(1.0, usage=usage) for usage in ("top1", "topk")),
 ]
 
 

@@ -7,18 +7,8 @@ import torch
 from torch import Tensor
 
 from torch_routers import ops
-from torch_routers.losses.base import RouterLoss
+from torch_routers.losses.base import RouterLoss, full_precision, valid_tokens
 from torch_routers.routing import Routing
-
-
-def full_precision(x: Tensor) -> Tensor:
-    """float32, or float64 where ``x`` is."""
-    return x if x.dtype == torch.float64 else x.float()
-
-
-def valid_tokens(logits: Tensor, valid_mask: Tensor | None) -> Tensor:
-    """``[...]``: the mask, or all of ``logits`` ``[..., num_experts]``."""
-    return torch.ones_like(logits[..., 0], dtype=torch.bool) if valid_mask is None else valid_mask
 
 
 def activation_probs(

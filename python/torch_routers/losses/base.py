@@ -1,8 +1,9 @@
 """The base of the auxiliary losses."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from torch_routers import ops
@@ -22,12 +23,15 @@ class RouterLoss(Configurable, nn.Module):
     name: ClassVar[str]
     per_sequence: ClassVar[bool] = False
     """Whether it needs statistics with a group per sequence."""
+    needs: ClassVar[tuple[str, ...]] = ()
+    """What its router gives to ``forward`` by keyword, besides the routing: context of the call,
+    such as ``task_ids``, None where the call brings none; or ``router``, the router itself."""
 
     def __init__(self, weight: float) -> None:
         super().__init__()
         self.weight = weight
 
-    def forward(self, routing: Routing) -> Tensor:
+    def forward(self, routing: Routing, **needs: Any) -> Tensor:
         raise NotImplementedError
 
     def bind(self, router: "Router") -> None:
@@ -36,6 +40,14 @@ class RouterLoss(Configurable, nn.Module):
     def statistics(self, routing: Routing) -> ops.Statistics:
         """Those of the routing; an error where its router has none."""
         return statistics_of(routing, type(self).__name__)
+
+    def logits_of(self, routing: Routing) -> tuple[Tensor, Tensor]:
+        """The logits, and which tokens chose an expert; an error where its router has none."""
+        if routing.logits is None:
+            raise ValueError(f"{type(self).__name__}: expected a routing with logits, got none")
+        choice = routing.choice()
+        chosen = routing.used() if choice is None else choice >= 0
+        return routing.logits, chosen.any(-1)
 
     def extra_repr(self) -> str:
         return ", ".join(
@@ -76,8 +88,13 @@ class StatisticsLoss(RouterLoss):
         return ops.router_losses(self.statistics(routing), **arguments).total
 
 
-def evaluate(losses: Iterable[RouterLoss], routing: Routing) -> tuple[Tensor, dict[str, Tensor]]:
-    """The weighted sum of the losses, and each by name, unweighted and without gradient."""
+def evaluate(
+    losses: Iterable[RouterLoss], routing: Routing, context: Mapping[str, Any]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The weighted sum of the losses, and each by name, unweighted and without gradient.
+
+    ``context`` is where they find what they need.
+    """
     arguments: dict[str, Any] = {}  # of one call of router_losses
     terms: dict[str, str] = {}  # the losses in it
     values: dict[str, Tensor] = {}
@@ -89,7 +106,7 @@ def evaluate(losses: Iterable[RouterLoss], routing: Routing) -> tuple[Tensor, di
             arguments.update(loss.options())
             terms[loss.name] = loss.term
         else:
-            value = loss(routing)
+            value = loss(routing, **{name: context.get(name) for name in loss.needs})
             values[loss.name] = value.detach()
             totals.append(loss.weight * value)
     if terms:
@@ -97,3 +114,47 @@ def evaluate(losses: Iterable[RouterLoss], routing: Routing) -> tuple[Tensor, di
         totals.append(common.total)
         values.update((name, getattr(common, term)) for name, term in terms.items())
     return sum(totals[1:], totals[0]), values
+
+
+def check_choice(caller: str, name: str, value: Any, choices: Sequence[Any]) -> None:
+    """An error for a value that is not among those to choose from."""
+    if value not in choices:
+        raise ValueError(f"{caller}: expected {name} in {list(choices)}, got {value!r}")
+
+
+# ---- what functions of tokens share --------------------------------------------------------------
+
+
+def full_precision(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def valid_tokens(scores: Tensor, valid_mask: Tensor | None) -> Tensor:
+    """``[...]`` bool for scores ``[..., num_experts]``: the mask, or all without one."""
+    if valid_mask is None:
+        return torch.ones_like(scores[..., 0], dtype=torch.bool)
+    return valid_mask
+
+
+def log_probs(logits: Tensor, valid_mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Logarithms of the softmax, which tokens have one, and the number of all that are not masked.
+
+    A token whose logits are all -inf has none. Rows without are finite, and have no gradient.
+    """
+    logits = full_precision(logits)
+    valid = valid_tokens(logits, valid_mask)
+    live = valid & (logits != -torch.inf).any(-1)
+    log_p = torch.where(live.unsqueeze(-1), logits, 0).log_softmax(-1)
+    return log_p, live, valid.sum().clamp(min=1)
+
+
+def probabilities(logits: Tensor, valid_mask: Tensor | None = None) -> Tensor:
+    """The softmax, and rows of 0 for tokens without one."""
+    log_p, live, _ = log_probs(logits, valid_mask)
+    return torch.where(live.unsqueeze(-1), log_p.exp(), 0)
+
+
+def matmul(a: Tensor, b: Tensor) -> Tensor:
+    """In the dtype of both, whatever autocast would make of it."""
+    with torch.autocast(a.device.type, enabled=False):
+        return a @ b

@@ -4,12 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from torch_routers.losses.activation import (
-    SequenceLoss,
-    activation_probs,
-    full_precision,
-    valid_tokens,
-)
+from torch_routers.losses.activation import SequenceLoss, activation_probs
+from torch_routers.losses.base import full_precision, valid_tokens
 from torch_routers.routing import Routing
 
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from torch_routers.losses.base import RouterLoss
+from torch_routers.losses.base import RouterLoss, log_probs
 from torch_routers.routing import Routing
 
 
@@ -26,13 +26,9 @@ def entropy(logits: Tensor, valid_mask: Tensor | None = None) -> Tensor:
     >>> entropy(torch.zeros(3, 4))  # ln 4
     tensor(1.3863)
     """
-    logits = logits if logits.dtype == torch.float64 else logits.float()
-    if valid_mask is None:
-        valid_mask = torch.ones_like(logits[..., 0], dtype=torch.bool)
-    has_experts = valid_mask & (logits != -torch.inf).any(-1)
-    log_p = torch.where(has_experts.unsqueeze(-1), logits, 0).log_softmax(-1)
+    log_p, live, tokens = log_probs(logits, valid_mask)
     of_tokens = -(log_p.exp() * log_p.where(log_p != -torch.inf, 0)).sum(-1)
-    return torch.where(has_experts, of_tokens, 0).sum() / valid_mask.sum().clamp(min=1)
+    return torch.where(live, of_tokens, 0).sum() / tokens
 
 
 class EntropyLoss(RouterLoss):
@@ -51,11 +47,7 @@ class EntropyLoss(RouterLoss):
     name = "entropy"
 
     def forward(self, routing: Routing) -> Tensor:
-        if routing.logits is None:
-            raise ValueError("EntropyLoss: expected a routing with logits, got none")
-        choice = routing.choice()
-        chosen = routing.used() if choice is None else choice >= 0
-        return entropy(routing.logits, chosen.any(-1))
+        return entropy(*self.logits_of(routing))
 
 
 class RoutingEntropyLoss(RouterLoss):

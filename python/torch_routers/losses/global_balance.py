@@ -1,6 +1,5 @@
 """Load balance over the global batch: the counts of all ranks and micro-batches of a step."""
 
-import copy
 import weakref
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -10,17 +9,14 @@ from torch import Tensor
 
 from torch_routers.delivery import in_backward
 from torch_routers.losses.balance import load_balance
-from torch_routers.losses.base import RouterLoss
+from torch_routers.losses.ranks import GroupLoss
 from torch_routers.routing import Routing
 
 if TYPE_CHECKING:
     from torch_routers.routers import Router
 
-SCOPES = ("global_batch", "group")
-GRAD_REDUCTIONS = (None, "mean", "sum")
 
-
-class GlobalBalanceLoss(RouterLoss):
+class GlobalBalanceLoss(GroupLoss):
     r"""The balance loss with the counts of the global batch (arXiv 2501.11873).
 
     .. math::  L = E \sum_e f_e P_e, \qquad f_e = C_e \Big/ \sum_i C_i, \qquad
@@ -64,7 +60,7 @@ class GlobalBalanceLoss(RouterLoss):
     nothing to sum. The counts are plain data: in a copy and in a pickle, not in the ``state_dict``.
     """
 
-    name = "global_balance"
+    name, scopes = "global_balance", ("global_batch", "group")
 
     def __init__(
         self,
@@ -72,17 +68,7 @@ class GlobalBalanceLoss(RouterLoss):
         scope: Literal["global_batch", "group"] = "global_batch",
         grad_reduction: Literal["mean", "sum"] | None = None,
     ) -> None:
-        super().__init__(weight)
-        for name, value, choices in (
-            ("scope", scope, SCOPES),
-            ("grad_reduction", grad_reduction, GRAD_REDUCTIONS),
-        ):
-            if value not in choices:
-                raise ValueError(
-                    f"GlobalBalanceLoss: expected {name} in {list(choices)}, got {value!r}"
-                )
-        self.scope, self.grad_reduction = scope, grad_reduction
-        self.group: dist.ProcessGroup | None = None
+        super().__init__(weight, scope, grad_reduction)
         self._seen: Tensor | None = None  # the counts, and the tokens of the last call
         self._owner: weakref.ref[Router] | None = None
 
@@ -105,7 +91,7 @@ class GlobalBalanceLoss(RouterLoss):
         _, score_sums, counts, tokens = self.statistics(routing)
         score_sums, tokens, num_experts = score_sums.sum(0), tokens.sum(), counts.shape[-1]
         here, ranks = torch.cat([counts.sum(0), tokens[None]]), 1
-        if dist.is_available() and dist.is_initialized():
+        if self.is_distributed:
             ranks = dist.get_world_size(self.group)
             if not in_backward():
                 dist.all_reduce(here, group=self.group)
@@ -117,14 +103,8 @@ class GlobalBalanceLoss(RouterLoss):
         loss = load_balance(score_sums, seen[:-1], seen[-1])
         return loss * ranks if self.grad_reduction == "mean" else loss
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "GlobalBalanceLoss":
-        memo[id(self)] = copied = type(self).__new__(type(self))
-        memo[id(self.group)] = self.group  # shared, as it cannot be copied
-        copied.__dict__ = copy.deepcopy(self.__getstate__(), memo)
-        return copied
-
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_owner": None}
+        return super().__getstate__() | {"_owner": None}
 
 
 @torch.library.custom_op("torch_routers::_count", mutates_args=("seen",))

@@ -4,7 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from torch_routers.losses.activation import SequenceLoss, full_precision, valid_tokens
+from torch_routers.losses.activation import SequenceLoss
+from torch_routers.losses.base import full_precision, valid_tokens
 from torch_routers.routing import Routing
 
 

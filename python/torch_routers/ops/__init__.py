@@ -10,6 +10,7 @@ from torch_routers.ops.limit_capacity import expert_capacity, limit_capacity
 from torch_routers.ops.merged_linear import merged_linear
 from torch_routers.ops.plan import Plan
 from torch_routers.ops.quantile_dual import quantile_dual
+from torch_routers.ops.ragged_select import ragged_select
 from torch_routers.ops.relu_rms_gate import ReLUGate, relu_rms_gate
 from torch_routers.ops.router_losses import RouterLosses, router_losses
 from torch_routers.ops.soft_merge import soft_merge
@@ -34,6 +35,7 @@ __all__ = [
     "merged_linear",
     "permute_tokens",
     "quantile_dual",
+    "ragged_select",
     "relu_rms_gate",
     "router_losses",
     "soft_merge",

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch_routers._autograd import autocast_dtype
 from torch_routers.delivery import Count, Deliver, Inputs, in_backward
 from torch_routers.losses import RouterLoss
+from torch_routers.losses.base import check_choice as check_choice
 from torch_routers.losses.base import evaluate
 from torch_routers.registry import Configurable
 from torch_routers.routing import Routing
@@ -44,12 +45,6 @@ class CrossBatchRoutingWarning(UserWarning):
     With capacities whoever shares a batch with a victim can push its tokens out of their experts
     (arXiv 2402.05526).
     """
-
-
-def check_choice(caller: str, name: str, value: Any, choices: Sequence[Any]) -> None:
-    """An error for a value that is not among those to choose from."""
-    if value not in choices:
-        raise ValueError(f"{caller}: expected {name} among {list(choices)}, got {value!r}")
 
 
 class Router(Configurable, nn.Module):
@@ -124,7 +119,7 @@ class Router(Configurable, nn.Module):
         if context.get("group_offsets") is not None:
             routing = routing._replace(group_offsets=context["group_offsets"])
         if self.training and self.losses:
-            routing = self._deliver(routing)
+            routing = self._deliver(routing, context)
         if self.training and self._measure is not None:
             weights = Count.apply(routing.weights, self._measure(self, routing), self._load)
             routing = routing._replace(weights=weights)
@@ -255,8 +250,8 @@ class Router(Configurable, nn.Module):
         if self.expert_bias is not None:  # assign=True takes any dtype
             self.expert_bias = self.expert_bias.float()
 
-    def _deliver(self, routing: Routing) -> Routing:
-        aux_loss, values = evaluate(self.losses, routing)
+    def _deliver(self, routing: Routing, context: dict[str, Any]) -> Routing:
+        aux_loss, values = evaluate(self.losses, routing, {**context, "router": self})
         weights, attached = routing.weights, self._aux_scale is not None
         if attached:
             weights = Deliver.apply(weights, aux_loss, self._aux_scale)
