@@ -42,8 +42,7 @@ def run_cells(
         AblationError: a cell raises it, or a process ends before its cell.
     """
     jobs = min(jobs, len(cells))
-    machine = {"jobs": jobs, "threads": torch.get_num_threads()}
-    setup = ({row.name: row for row in rows}, settings, text, machine)
+    setup = ({row.name: row for row in rows}, settings, text, jobs)
     if jobs > 1:
         return _in_processes(cells, setup, jobs, on_step)
     return (_run(cell, *setup, on_step) for cell in cells)
@@ -59,10 +58,11 @@ def _run(
     rows: dict[str, Row],
     settings: Settings,
     text: TokenText,
-    machine: dict[str, int],
+    jobs: int,
     on_step: OnStep,
 ) -> dict[str, Any]:
-    now = {**machine, "load_average": load_average()}
+    threads = torch.get_num_threads()
+    machine = {"jobs": jobs, "threads": threads, "load_average": load_average()}
     measured = train_cell(
         rows[cell["row"]],
         settings,
@@ -71,7 +71,7 @@ def _run(
         learning_rate=cell["learning_rate"],
         on_step=lambda bits: on_step(cell, bits),
     )
-    return {"cell": cell, "machine": now, **measured}
+    return {"cell": cell, "machine": machine, **measured}
 
 
 def _in_processes(
@@ -84,7 +84,7 @@ def _in_processes(
             connection, process = _start()
             workers[connection] = process
         # By value: torch would share memory, of which containers have little.
-        pickled = pickle.dumps(setup)
+        pickled = pickle.dumps((torch.get_num_threads(), *setup))
         for connection, process in workers.items():
             with _alive(process):
                 connection.send_bytes(pickled)
@@ -130,11 +130,11 @@ def _work(connection: Connection) -> None:
     """What a process does: gets a cell, sends its steps and its record, until nobody listens."""
     with suppress(EOFError, ConnectionError):
         try:
-            *setup, machine = pickle.loads(connection.recv_bytes())
-            torch.set_num_threads(machine["threads"])
+            threads, *setup = pickle.loads(connection.recv_bytes())
+            torch.set_num_threads(threads)
             while True:
                 cell = connection.recv()
-                connection.send(_run(cell, *setup, machine, lambda *step: connection.send(step)))
+                connection.send(_run(cell, *setup, lambda *step: connection.send(step)))
         except AblationError as error:
             connection.send(error)
 

@@ -76,7 +76,9 @@ def _losses(part: Figure, row: RowResult, baseline: RowResult) -> None:
     right.set_yticks(range(len(found)), found)
     if compared:
         right.axvline(0, color=BASELINE, linewidth=1)
-        right.set(title="Test loss by domain", xlabel=f"bits per byte, less {baseline.name}'s")
+        right.set(
+            title="Test loss by domain", xlabel=f"bits per byte, difference to {baseline.name}"
+        )
     else:
         right.set(title="Test loss by domain", xlabel="bits per byte")
 
