@@ -161,6 +161,35 @@ def draw_entropy() -> plt.Figure:
     return figure
 
 
+def draw_adaptive_k() -> plt.Figure:
+    """The staircase of the numbers of experts, and calibrated thresholds on other tokens."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 2.9))
+    random = torch.Generator().manual_seed(0)
+    z = 3 * torch.rand(1500, 1, generator=random) * torch.randn(1500, 8, generator=random)
+    p = z.softmax(-1)
+    entropies = -(p * p.log()).sum(-1)
+
+    def numbers(thresholds, part):
+        indices = tr.ops.ragged_select(z[part], "entropy", thresholds=thresholds, counts=[1, 2, 4])
+        return (indices >= 0).sum(-1)
+
+    left.scatter(entropies, numbers([0.6, 1.2], slice(None)), s=5, color=BLUE)
+    for threshold in 0.6, 1.2:
+        left.axvline(threshold, color=GREY)
+    left.set(title="experts of a token", xlabel="entropy, nats", yticks=[1, 2, 4])
+
+    some, others = slice(0, 750), slice(750, None)
+    targets = [1 + 0.15 * i for i in range(21)]
+    found = []
+    for target in targets:
+        thresholds = tr.calibrate_thresholds(entropies[some], (1, 2, 4), target)
+        found.append(numbers(thresholds, others).double().mean().item())
+    right.plot([1, 4], [1, 4], color=GREY)
+    right.plot(targets, found, ".", color=ORANGE)
+    right.set(title="calibrated thresholds", xlabel="mean number asked for", ylabel="found")
+    return figure
+
+
 def draw_entmax() -> plt.Figure:
     """Weights of two experts, and of eight, by alpha."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 2.9), width_ratios=[1, 1.2])
@@ -219,6 +248,7 @@ def main() -> None:
         draw_recurrent,
         draw_smear,
         draw_entropy,
+        draw_adaptive_k,
         draw_entmax,
         draw_relu,
     ):

@@ -659,9 +659,11 @@ def test_global_balance_of_several_routers_is_refused():
 
 
 def test_global_balance_says_what_it_takes():
-    with pytest.raises(ValueError, match=r"expected scope in \['global_batch', 'group'\], got 'x'"):
+    with pytest.raises(
+        ValueError, match=r"expected scope among \['global_batch', 'group'\], got 'x'"
+    ):
         tr.losses.GlobalBalanceLoss(1.0, scope="x")
-    with pytest.raises(ValueError, match=r"expected grad_reduction in \[None, 'mean', 'sum'\]"):
+    with pytest.raises(ValueError, match=r"expected grad_reduction among \[None, 'mean', 'sum'\]"):
         tr.losses.GlobalBalanceLoss(1.0, grad_reduction="max")
 
 

@@ -291,10 +291,12 @@ def test_mutual_information_says_what_is_wrong():
     said = r"^MutualInformationLoss: expected num_tasks >= 1, got 0$"
     with pytest.raises(ValueError, match=said):
         losses.MutualInformationLoss(1.0, 0)
-    said = r"^MutualInformationLoss: expected scope in \['rank', 'group'\], got 'global_batch'$"
+    said = r"^MutualInformationLoss: expected scope among \['rank', 'group'\], got 'global_batch'$"
     with pytest.raises(ValueError, match=said):
         losses.MutualInformationLoss(1.0, 2, scope="global_batch")
-    said = r"^MutualInformationLoss: expected grad_reduction in \[None, 'mean', 'sum'\], got 'max'$"
+    said = (
+        r"^MutualInformationLoss: expected grad_reduction among \[None, 'mean', 'sum'\], got 'max'$"
+    )
     with pytest.raises(ValueError, match=said):
         losses.MutualInformationLoss(1.0, 2, grad_reduction="max")
     said = (
@@ -412,10 +414,10 @@ def test_routers_may_share_it():
 
 
 def test_router_orthogonality_says_what_is_wrong():
-    said = r"^router_orthogonality: expected form in \['l1', 'cosine'\], got 'l2'$"
+    said = r"^router_orthogonality: expected form among \['l1', 'cosine'\], got 'l2'$"
     with pytest.raises(ValueError, match=said):
         losses.router_orthogonality(torch.ones(2, 3), "l2")
-    said = r"^RouterOrthogonalityLoss: expected form in \['l1', 'cosine'\], got 'l2'$"
+    said = r"^RouterOrthogonalityLoss: expected form among \['l1', 'cosine'\], got 'l2'$"
     with pytest.raises(ValueError, match=said):
         losses.RouterOrthogonalityLoss(1.0, form="l2")
     said = (
@@ -545,7 +547,7 @@ def test_variance_over_tokens_is_a_sum():
 
 def test_variance_says_what_is_wrong():
     for call in losses.variance_loss, losses.VarianceLoss:
-        said = rf"^{call.__name__}: expected axis in \['expert', 'token'\], got 'both'$"
+        said = rf"^{call.__name__}: expected axis among \['expert', 'token'\], got 'both'$"
         with pytest.raises(ValueError, match=said):
             call(torch.ones(1, 2), axis="both")
 
@@ -609,7 +611,7 @@ def test_specialization_says_what_is_wrong():
         losses.specialization_loss(torch.ones(1, 2), torch.ones(2), entropy_sign="plus")
     with pytest.raises(ValueError, match="^SpecializationLoss: expected " + said):
         losses.SpecializationLoss(1.0, entropy_sign="plus")
-    said = r"^SpecializationLoss: expected usage in \['top1', 'topk'\], got 'top2'$"
+    said = r"^SpecializationLoss: expected usage among \['top1', 'topk'\], got 'top2'$"
     with pytest.raises(ValueError, match=said):
         losses.SpecializationLoss(1.0, usage="top2")
     said = (

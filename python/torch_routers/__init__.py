@@ -22,6 +22,7 @@ from torch_routers.presets import create_moe, list_presets
 from torch_routers.registry import create_router, from_config, list_routers
 from torch_routers.replication import assert_replicated
 from torch_routers.routers import (
+    AdaptiveKRouter,
     EntmaxRouter,
     EntropyRouter,
     HashRouter,
@@ -35,6 +36,7 @@ from torch_routers.routers import (
     SMEARRouter,
     TopKRouter,
     TopPRouter,
+    calibrate_thresholds,
     share_cell,
 )
 from torch_routers.routers.base import CrossBatchRoutingWarning
@@ -44,6 +46,7 @@ from torch_routers.routing import Routing
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdaptiveKRouter",
     "BalanceController",
     "BlockFFN",
     "ClampedSwiGLUExperts",
@@ -73,6 +76,7 @@ __all__ = [
     "ZeroRouterGradientWarning",
     "assert_replicated",
     "attach",
+    "calibrate_thresholds",
     "collect",
     "create_moe",
     "create_router",

@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.util
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -141,6 +142,16 @@ def _top_p(settings: Settings, token_counts: Tensor) -> tr.Router:
     )
 
 
+def _adaptive_k(settings: Settings, token_counts: Tensor) -> tr.Router:
+    top_k, most = settings.top_k, math.log(settings.num_experts)
+    return tr.AdaptiveKRouter(
+        **_sizes(settings),
+        top_ks=[max(1, top_k // 2), top_k, min(2 * top_k, settings.num_experts)],
+        thresholds=[0.3 * most, 0.7 * most],
+        losses=[tr.losses.LoadBalanceLoss(1e-2), tr.losses.ZLoss(1e-3)],
+    )
+
+
 def _entmax(settings: Settings, token_counts: Tensor) -> tr.Router:
     return tr.EntmaxRouter(
         **_sizes(settings),
@@ -188,6 +199,7 @@ ROWS = {
         _routed("capacity", "as softmax, at most 1.25 of a fair share per sequence", _capacity),
         _routed("entropy", "top-p 0.75, all experts where the entropy is high", _entropy),
         _routed("top-p", "top-p 0.4, balance loss 1e-2, entropy loss 1e-4", _top_p),
+        _routed("adaptive-k", "half, once or twice top-k, by the entropy", _adaptive_k),
         _routed("entmax", "1.5-entmax, balance loss 1e-2", _entmax),
         _routed("relu", "ReLU with RMS norm, locality and chunk losses of BlockFFN", _relu),
         _routed("recurrent", "a state from layer to layer, balance loss 1e-2", _recurrent),

@@ -119,7 +119,7 @@ def evaluate(
 def check_choice(caller: str, name: str, value: Any, choices: Sequence[Any]) -> None:
     """An error for a value that is not among those to choose from."""
     if value not in choices:
-        raise ValueError(f"{caller}: expected {name} in {list(choices)}, got {value!r}")
+        raise ValueError(f"{caller}: expected {name} among {list(choices)}, got {value!r}")
 
 
 # ---- what functions of tokens share --------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Routers: modules that decide which expert sees which token."""
 
+from torch_routers.routers.adaptive_k import AdaptiveKRouter, calibrate_thresholds
 from torch_routers.routers.base import Router, RouterTraits
 from torch_routers.routers.entmax import EntmaxRouter
 from torch_routers.routers.entropy import EntropyRouter, TopPRouter
@@ -16,6 +17,7 @@ from torch_routers.routers.smear import SMEARRouter
 from torch_routers.routers.topk import TopKRouter
 
 __all__ = [
+    "AdaptiveKRouter",
     "EntmaxRouter",
     "EntropyRouter",
     "HashRouter",
@@ -29,5 +31,6 @@ __all__ = [
     "SMEARRouter",
     "TopKRouter",
     "TopPRouter",
+    "calibrate_thresholds",
     "share_cell",
 ]

@@ -271,7 +271,7 @@ class TopKRouter(Router):
             capacity, capacity_factor = self.capacity, self.capacity_factor
         limited = capacity is not None or capacity_factor is not None
         if group_offsets is None and (self.wants_groups or limited):
-            group_offsets = _samples(logits)
+            group_offsets = sample_offsets(logits)
         replayed = indices is not None
         options = {
             "score": self.score,
@@ -353,7 +353,7 @@ class TopKRouter(Router):
         )
 
 
-def _samples(logits: Tensor) -> Tensor | None:
+def sample_offsets(logits: Tensor) -> Tensor | None:
     """Where the samples of a batch begin in its tokens; None if they are no samples."""
     if logits.dim() < 3:
         return None
