@@ -512,7 +512,7 @@ def test_expert_orthogonality_of_a_mixture_makes_its_experts_differ():
 def test_expert_orthogonality_says_what_is_wrong():
     o = torch.ones(2, 3, 4)
     for name, choices in ("form", "'projection', 'cosine'"), ("reduction", "'mean', 'sum'"):
-        said = rf"^expert_orthogonality: expected {name} in \[{choices}\], got 'none'$"
+        said = rf"^expert_orthogonality: expected {name} among \[{choices}\], got 'none'$"
         with pytest.raises(ValueError, match=said):
             losses.expert_orthogonality(o, **{name: "none"})
     said = r"^expert_orthogonality: expected used in bool of shape \[2, 3\], got torch.{} of shape "
@@ -606,7 +606,7 @@ def test_the_penalty_makes_tokens_certain_and_the_formula_of_the_paper_does_not(
 
 
 def test_specialization_says_what_is_wrong():
-    said = r"entropy_sign in \['penalty', 'paper'\], got 'plus'$"
+    said = r"entropy_sign among \['penalty', 'paper'\], got 'plus'$"
     with pytest.raises(ValueError, match="^specialization_loss: expected " + said):
         losses.specialization_loss(torch.ones(1, 2), torch.ones(2), entropy_sign="plus")
     with pytest.raises(ValueError, match="^SpecializationLoss: expected " + said):

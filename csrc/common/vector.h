@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "common/scalar.h"
+
 #ifdef __AVX2__
 #include <immintrin.h>
 #endif
@@ -33,6 +35,26 @@ template <class T> static inline Vector<T> load_vector(const T* from) {
 }
 template <class T> static inline void store_vector(T* to, Vector<T> value) {
   memcpy(to, &value, sizeof value);
+}
+
+// An element, or as many as a vector has, of what is stored as S; V says which.
+template <class V, class S> static inline V read(const S* from) {
+  if constexpr (sizeof(V) == sizeof(Compute<S>)) {
+    return load(*from);
+  } else {
+    Compute<S> values[kWidth<Compute<S>>];
+    for (int i = 0; i < kWidth<Compute<S>>; ++i) values[i] = load(from[i]);
+    return load_vector(values);
+  }
+}
+template <class V, class S> static inline void write(S* to, V value) {
+  if constexpr (sizeof(V) == sizeof(Compute<S>)) {
+    store(to, value);
+  } else {
+    Compute<S> values[kWidth<Compute<S>>];
+    store_vector(values, value);
+    for (int i = 0; i < kWidth<Compute<S>>; ++i) store(to + i, values[i]);
+  }
 }
 
 // a[0], b[0], a[1], b[1], and the same of the upper halves. (GCC and Clang have names of their own.)

@@ -8,7 +8,7 @@ namespace torch_routers::TORCH_ROUTERS_ISA {
 namespace {
 
 using std::int64_t;
-constexpr int64_t kTileExperts = 512;
+constexpr int64_t kTileExperts = 64;
 
 // ---- tiles ---------------------------------------------------------------------------------------
 
@@ -111,7 +111,8 @@ RowNorm<typename Params::C> row_norm(const Params& p, int64_t token) {
   using C = typename Params::C;
   const auto* z = p.logits + token * p.experts;
   return {p.norm, p.eps, p.experts, [&](const auto& term) {
-            return sum_row<C>(p.experts, [&](int64_t e) { return term(relu<C>(load(z[e]))); });
+            return sum_vectors<C>(p.experts,
+                                  [&]<class V>(int64_t e) { return term(relu(read<V>(z + e))); });
           }};
 }
 
@@ -126,10 +127,9 @@ template <class S> void token(const ReluRmsGate<S>& p, int64_t t, int64_t* count
   }
   const RowNorm<C> norm = row_norm(p, t);
   p.inverse_rms[t] = norm.inverse;
-  for (int64_t e = 0; e < p.experts; ++e) {
-    const C a = relu<C>(load(z[e]));
-    y[e] = norm.normalized(a) * p.gain[e];
-  }
+  each_of_row<C>(p.experts, [&]<class V>(int64_t e) {
+    write(y + e, norm.normalized(relu(read<V>(z + e))) * read<V>(p.gain + e));
+  });
   for (int64_t e = 0; e < p.experts; ++e) counts[e] += C{load(z[e])} > 0;
 }
 
@@ -147,20 +147,28 @@ template <class S> void token(const ReluRmsGateBackward<S>& p, int64_t t, double
   const C size = static_cast<C>(p.experts);
   C mean_u = 0, mean_uh = 0;
   if (p.norm == ReluNorm::Centered)
-    mean_u = sum_row<C>(p.experts,
-                        [&](int64_t e) { return C{load(z[e])} <= 0 ? C{0} : v[e] * p.gain[e]; }) /
+    mean_u = sum_vectors<C>(p.experts,
+                            [&]<class V>(int64_t e) {
+                              const V zero{}, u = read<V>(v + e) * read<V>(p.gain + e);
+                              return read<V>(z + e) <= zero ? zero : u;
+                            }) /
              size;
   if (p.norm != ReluNorm::Simple)
-    mean_uh = sum_row<C>(p.experts,
-                         [&](int64_t e) {
-                           return v[e] * p.gain[e] * norm.normalized(relu<C>(load(z[e])));
-                         }) /
+    mean_uh = sum_vectors<C>(p.experts,
+                             [&]<class V>(int64_t e) {
+                               const V h = norm.normalized(relu(read<V>(z + e)));
+                               return read<V>(v + e) * read<V>(p.gain + e) * h;
+                             }) /
               size;
-  for (int64_t e = 0; e < p.experts; ++e) {
-    const C a = relu<C>(load(z[e])), h = norm.normalized(a);
-    store(grad + e, norm.gradient(a, v[e] * p.gain[e], h, mean_u, mean_uh));
-    grads[e] += static_cast<double>(v[e]) * static_cast<double>(h);
-  }
+  each_of_row<C>(p.experts, [&]<class V>(int64_t e) {
+    const V a = relu(read<V>(z + e)), h = norm.normalized(a), of_weight = read<V>(v + e);
+    write(grad + e, norm.gradient(a, of_weight * read<V>(p.gain + e), h, mean_u, mean_uh));
+    C vs[sizeof(V) / sizeof(C)], hs[sizeof(V) / sizeof(C)];
+    memcpy(vs, &of_weight, sizeof vs);
+    memcpy(hs, &h, sizeof hs);
+    for (std::size_t i = 0; i < sizeof(V) / sizeof(C); ++i)
+      grads[e + i] += static_cast<double>(vs[i]) * static_cast<double>(hs[i]);
+  });
 }
 
 template <class Params, class Element>

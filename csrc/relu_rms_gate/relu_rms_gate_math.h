@@ -6,8 +6,11 @@
 
 namespace torch_routers {
 
-// The activation; NaN stays.
-template <class C> TORCH_ROUTERS_HOST_DEVICE static inline C relu(C z) { return z <= 0 ? 0 : z; }
+// Here V is a number, or on the CPU a vector of them. The activation; NaN stays.
+template <class V> TORCH_ROUTERS_HOST_DEVICE static inline V relu(V z) {
+  const V zero{};
+  return z <= zero ? zero : z;
+}
 
 // Unnamed, for the reason why functions are `static` here: see common/scalar.h.
 namespace {
@@ -24,17 +27,21 @@ template <class C> struct RowNorm {
       : mean(0), inverse(1) {
     if (norm == ReluNorm::Simple) return;
     const C size = static_cast<C>(experts);
-    if (norm == ReluNorm::Centered) mean = sum([](C a) { return a; }) / size;
+    if (norm == ReluNorm::Centered) mean = sum([](auto a) { return a; }) / size;
     const C m = mean;
-    inverse = 1 / own_sqrt(sum([m](C a) { return (a - m) * (a - m); }) / size + eps);
+    inverse = 1 / own_sqrt(sum([m](auto a) { return (a - m) * (a - m); }) / size + eps);
   }
 
-  TORCH_ROUTERS_HOST_DEVICE C normalized(C a) const { return (a - (a > 0 ? mean : 0)) * inverse; }
+  template <class V> TORCH_ROUTERS_HOST_DEVICE V normalized(V a) const {
+    const V zero{}, subtracted = zero + mean;
+    return (a - (a > zero ? subtracted : zero)) * inverse;
+  }
 
   // The gradient of a logit from u, its h and the means over the row; see relu_rms_gate_kernel.h.
-  TORCH_ROUTERS_HOST_DEVICE C gradient(C a, C u, C h, C mean_u, C mean_uh) const {
-    const C slope = inverse * (u - mean_u - h * mean_uh);
-    return a == 0 ? 0 : slope;
+  template <class V>
+  TORCH_ROUTERS_HOST_DEVICE V gradient(V a, V u, V h, C mean_u, C mean_uh) const {
+    const V zero{}, slope = inverse * (u - mean_u - h * mean_uh);
+    return a == zero ? zero : slope;
   }
 };
 
