@@ -62,7 +62,7 @@ TORCH_ROUTERS_HOST_DEVICE static inline ExpParts<double> exp_parts(double x) {
   p = p * r + 1.0 / 6.0;
   p = p * r + 0.5;
   const std::uint64_t power = bit_cast<std::uint64_t>(shifted) - bit_cast<std::uint64_t>(kRound);
-  const std::uint64_t half = static_cast<std::uint64_t>(static_cast<std::int64_t>(power) >> 1);
+  const std::uint64_t half = ((power + 4096u) >> 1) - 2048u;  // no AVX2 shift keeps a sign
   const auto scale = [](std::uint64_t k) { return bit_cast<double>((k + 1023u) << 52); };
   return {p * r * r + r, scale(half), scale(power - half)};
 }

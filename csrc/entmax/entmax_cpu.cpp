@@ -72,12 +72,19 @@ void entmax_sums(const EntmaxMethod<kKind, C>& method, int64_t experts, const Ti
                  Lanes<W>& count, Lanes<W>& first, Lanes<W>& second) {
   if constexpr (kKind == EntmaxKind::General) {
     each_lane([&](int l) { count[l] = first[l] = second[l] = 0; });
-    for (int64_t e = 0; e < experts; ++e)
+    const auto power = method.power;
+    alignas(64) Lanes<W> distance, raised, ratio;
+    for (int64_t e = 0; e < experts; ++e) {  // as entmax_term
+      // Loops of their own: in one, branches around the powers keep it from becoming vectors.
+      each_lane([&](int l) { distance[l] = tile.top[l] + tile.u[e][l]; });
+      each_lane([&](int l) { raised[l] = own_log(distance[l]) * power; });
+      each_lane([&](int l) { raised[l] = own_exp(raised[l]); });
+      each_lane([&](int l) { ratio[l] = raised[l] / distance[l]; });
       each_lane([&](int l) {
-        const auto term = entmax_term(method, tile.top[l] + tile.u[e][l]);
-        first[l] += term.first;
-        second[l] += term.second;
+        first[l] += distance[l] > 0 ? raised[l] : W{0};
+        second[l] += distance[l] > 0 ? ratio[l] : W{0};
       });
+    }
   } else {
     for (int part = 0; part < kLanes; part += kWidth<W>) {
       const Vector<W> top = load_vector(tile.top + part), zero{}, one = zero + 1;

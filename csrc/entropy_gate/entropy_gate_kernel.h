@@ -11,14 +11,15 @@
 //   w  = p of those kept, 0 of others; `renormalize`: divided by its sum
 //
 // For 1e-4 <= |q - 1| < 1e-2 the 1 of the numerator is sum p', without which H would diverge, and
-// below it is Shannon's. With one expert H = 0. A masked token keeps none, and its H is 0. A NaN
+// below it is Shannon's. Where it is 1, it is sum p' - E epsilon, p having the sum 1: every H comes
+// from the sum of x u(x), u(x) = (1 - x^(q - 1)) / (q - 1), whose digits do not cancel. With one expert H = 0. A masked token keeps none, and its H is 0. A NaN
 // among the logits makes p and H NaN, of which the first keep_top_k are kept. Where all logits are
 // -infinity, weights and H are 0.
 //
 //   dz = p (kept g - sum kept p g)  +  gH p (d - sum p d),    d = dH / dp
 //   renormalised, the first term is w (g - sum w g)
 //
-// Probabilities are in T, entropies in double. What is kept is constant.
+// All in T, save what is computed once per token from a sum. What is kept is constant.
 #pragma once
 
 #include <cstdint>

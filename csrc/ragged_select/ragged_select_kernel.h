@@ -32,10 +32,10 @@ template <class T> struct RaggedSelect {
   double top_p;
   RaggedCrossing crossing;
   std::int64_t least;
-  std::int64_t steps;         // thresholds
-  const double* thresholds;   // [steps], ascending
+  std::int64_t steps;          // thresholds
+  const double* thresholds;    // [steps], ascending
   const std::int64_t* counts;  // [steps + 1]
-  std::int64_t* indices;      // [tokens, slots]
+  std::int64_t* indices;       // [tokens, slots]
 };
 
 // Tokens [begin, end) on the calling thread.

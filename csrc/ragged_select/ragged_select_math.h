@@ -49,8 +49,7 @@ TORCH_ROUTERS_HOST_DEVICE static inline std::int64_t ragged_count(const RaggedSe
     count = ragged_by_top_p(p, token, sums);
   } else if (p.rule == RaggedRule::Positive) {
     const std::int64_t* order = p.order + token * p.slots;
-    while (count < p.slots && order[count] >= 0 &&
-           p.logits[token * p.experts + order[count]] > 0)
+    while (count < p.slots && order[count] >= 0 && p.logits[token * p.experts + order[count]] > 0)
       ++count;
   } else {
     const double sum = static_cast<double>(sums.sum);
