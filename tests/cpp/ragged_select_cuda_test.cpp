@@ -69,8 +69,8 @@ TEST(RaggedSelectCuda, EqualsTheCpuWhereRowsAreNotFinite) {
   problem.sort();
   problem.thresholds = {0.3};
   problem.counts = {3, 5};
-  for (const RaggedRule rule : {RaggedRule::TopP, RaggedRule::Entropy, RaggedRule::Confidence,
-                                RaggedRule::Positive}) {
+  for (const RaggedRule rule :
+       {RaggedRule::TopP, RaggedRule::Entropy, RaggedRule::Confidence, RaggedRule::Positive}) {
     problem.rule = rule;
     expect_cuda_equals_cpu(problem);
   }

@@ -37,18 +37,10 @@ template <class T> struct Results {
 
   Results(const Inputs<T>& in, Isa isa, double cut, unsigned char fill)
       : indices(in.tokens * in.slots, fill) {
-    const RaggedSelect<T> params{in.tokens,
-                                 in.experts,
-                                 in.slots,
-                                 in.logits.data(),
-                                 in.order.data(),
-                                 in.rule,
-                                 in.top_p,
-                                 in.crossing,
-                                 in.least,
-                                 in.steps,
-                                 in.thresholds.data(),
-                                 in.counts.data(),
+    const RaggedSelect<T> params{in.tokens,        in.experts,           in.slots,
+                                 in.logits.data(), in.order.data(),      in.rule,
+                                 in.top_p,         in.crossing,          in.least,
+                                 in.steps,         in.thresholds.data(), in.counts.data(),
                                  indices.data()};
     in_parts(cut, in.tokens, [&](int64_t begin, int64_t end) {
       TORCH_ROUTERS_PICK_ISA(isa, ragged_select(params, begin, end));
