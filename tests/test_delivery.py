@@ -299,6 +299,25 @@ def test_routers_follow_the_inputs_of_the_root(flatten, compile):
         tr.collect(root)
 
 
+@pytest.mark.parametrize("flatten", [False, True])
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("per_token", [False, True])
+def test_tasks_reach_the_losses_and_not_the_model(flatten, compile, per_token):
+    root, ids = Root(flatten), torch.arange(12).view(2, 6)
+    loss = tr.losses.MutualInformationLoss(1.0, num_tasks=3)
+    root.moe = tr.MoE(tr.TopKRouter(8, 4, 2, losses=[loss]), tr.SwiGLUExperts(4, 8, 6))
+    tr.follow_inputs(root)
+    tasks = torch.tensor([2, 0])
+    of_tokens = tasks[:, None].expand(2, 6).contiguous()
+    forward = torch.compile(root, fullgraph=True, backend="aot_eager") if compile else root
+    with tr.collect(root) as routings:
+        forward(ids, routing_task_ids=of_tokens if per_token else tasks)
+    x = root.embed(ids)
+    expected = root.moe.router(x, task_ids=of_tokens).losses["mutual_information"]
+    assert_close(routings[0].losses["mutual_information"], expected)
+    assert expected != 0
+
+
 def test_what_a_caller_passes_comes_first():
     root, ids = Root(), torch.arange(4).view(1, 4)
     tr.follow_inputs(root)

@@ -304,8 +304,9 @@ def follow_inputs(model: nn.Module) -> RemovableHandle:
     """From now on, each call of ``model`` shows its inputs to the routers inside.
 
     The root's ``attention_mask`` (2-D, 1 = real token) becomes ``valid_mask``, its ``input_ids``
-    become ``token_ids``; what a caller passes to a router directly takes precedence. Remove the
-    returned handle to stop.
+    become ``token_ids``, and ``routing_task_ids``, one per sample or per token, ``task_ids``: the
+    last are taken out of the call, for models that do not know them. What a caller passes to a
+    router directly takes precedence. Remove the returned handle to stop.
 
     The inputs stay after the call, for the recomputation of checkpoints in backward. Interleaved
     micro-batches (forward, forward, backward, backward) with eager checkpointing would therefore
@@ -335,6 +336,11 @@ def follow_inputs(model: nn.Module) -> RemovableHandle:
             context["token_ids"] = ids
         if isinstance(mask, Tensor) and mask.dim() == 2 and tokens is not None:
             context["valid_mask"] = mask[:, -tokens.shape[1] :].bool()  # the rest is the cache's
+        tasks = kwargs.get("routing_task_ids")
+        if isinstance(tasks, Tensor):
+            per_sample = tasks.dim() == 1 and tokens is not None
+            context["task_ids"] = tasks[:, None].expand(tokens.shape[:2]) if per_sample else tasks
         inputs.context = context
+        return args, {name: value for name, value in kwargs.items() if name != "routing_task_ids"}
 
     return model.register_forward_pre_hook(hook, with_kwargs=True)
