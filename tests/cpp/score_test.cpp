@@ -25,6 +25,19 @@ template <class T> double ulps(T actual, long double exact) {
   return static_cast<double>(std::abs(actual - exact) / unit);
 }
 
+// The largest distance of own(x) from exact(x) for x in [first, last] where that is a normal number.
+template <class T, class Own, class Exact>
+double worst_ulps(double first, double last, const Own& own, const Exact& exact) {
+  double worst = 0;
+  for (double x = first; x <= last; x += (last - first) / 300007) {
+    const T argument = static_cast<T>(x);
+    const long double value = exact(static_cast<long double>(argument));
+    if (std::abs(value) >= std::numeric_limits<T>::min())
+      worst = std::max(worst, ulps(own(argument), value));
+  }
+  return worst;
+}
+
 TYPED_TEST(Score, ExpIsWithinTwoUnits) {
   using T = TypeParam;
   const double lowest = std::log(std::numeric_limits<T>::min()), step = -lowest / 200003;
@@ -49,32 +62,60 @@ TYPED_TEST(Score, ExpOfWhatIsNoOrdinaryNumber) {
   EXPECT_NEAR(own_exp(subnormal) / std::exp(subnormal), 1, 1e-4);
 }
 
-TEST(Score, LogIsWithinTwoUnits) {
+TYPED_TEST(Score, LogIsWithinTwoUnits) {
+  using T = TypeParam;
+  using Limits = std::numeric_limits<T>;
+  const auto own = [](T x) { return own_log(x); };
+  const auto exact = [](long double x) { return std::log(x); };
+  const double epsilon = Limits::epsilon(), factor = sizeof(T) == 4 ? 1.0003 : 1.003;
   double worst = 0;
-  for (double x = 1; x < 1e12; x *= 1.0001)
-    worst = std::max(worst, ulps(own_log(x), std::log(static_cast<long double>(x))));
+  for (double x = Limits::min(); x <= Limits::max(); x *= factor) {
+    const T argument = static_cast<T>(x);
+    worst = std::max(worst, ulps(own(argument), exact(argument)));
+  }
   EXPECT_LT(worst, 2);
-  EXPECT_EQ(own_log(1), 0);
-  EXPECT_EQ(own_log(std::numeric_limits<double>::infinity()),
-            std::numeric_limits<double>::infinity());
-  EXPECT_TRUE(std::isnan(own_log(std::numeric_limits<double>::quiet_NaN())));
+  EXPECT_LT((worst_ulps<T>(0.5, 2, own, exact)), 2);
+  EXPECT_LT((worst_ulps<T>(1 - 1e5 * epsilon, 1 + 1e5 * epsilon, own, exact)), 2);
+  for (const T x : {Limits::min(), Limits::max(), std::nextafter(T{1}, T{0}),
+                    std::nextafter(T{1}, T{2})})
+    EXPECT_LT(ulps(own(x), exact(x)), 2) << x;
+}
+
+TYPED_TEST(Score, LogOfWhatIsNoOrdinaryNumber) {
+  using T = TypeParam;
+  constexpr T kInfinity = std::numeric_limits<T>::infinity();
+  EXPECT_EQ(own_log(T{1}), T{0});
+  EXPECT_EQ(own_log(kInfinity), kInfinity);
+  EXPECT_TRUE(std::isnan(own_log(std::numeric_limits<T>::quiet_NaN())));
+}
+
+TYPED_TEST(Score, Expm1IsWithinTwoUnits) {
+  using T = TypeParam;
+  using Limits = std::numeric_limits<T>;
+  const auto own = [](T x) { return own_expm1(x); };
+  const auto exact = [](long double x) { return std::expm1(x); };
+  const double lowest = std::log(Limits::min()), highest = std::log(Limits::max());
+  for (const auto& [first, last] :
+       {std::pair(lowest, highest), std::pair(-2.0, 2.0), std::pair(-1e-3, 1e-3)})
+    EXPECT_LT((worst_ulps<T>(first, last, own, exact)), 2) << first;
+  for (T x = 1; x > 0; x *= T{0.3f})  // down to the smallest of all
+    for (const T argument : {x, -x}) {
+      EXPECT_LT(ulps(own(argument), exact(argument)), 2) << argument;
+    }
+}
+
+TYPED_TEST(Score, Expm1OfWhatIsNoOrdinaryNumber) {
+  using T = TypeParam;
+  constexpr T kInfinity = std::numeric_limits<T>::infinity();
+  EXPECT_EQ(own_expm1(T{0}), T{0});
+  EXPECT_EQ(own_expm1(-kInfinity), T{-1});
+  EXPECT_EQ(own_expm1(T{-1e30f}), T{-1});
+  EXPECT_TRUE(std::isnan(own_expm1(std::numeric_limits<T>::quiet_NaN())));
 }
 
 long double exact_sigmoid(long double x) { return 1 / (1 + std::exp(-x)); }
 long double exact_sqrt_softplus(long double x) {
   return std::sqrt((x > 0 ? x : 0) + std::log1p(std::exp(x < 0 ? x : -x)));
-}
-
-// The largest distance of own(x) from exact(x) for x in [first, last] where that is a normal number.
-template <class T, class Own, class Exact>
-double worst_ulps(double first, double last, const Own& own, const Exact& exact) {
-  double worst = 0;
-  for (double x = first; x <= last; x += (last - first) / 300007) {
-    const T argument = static_cast<T>(x);
-    const long double value = exact(static_cast<long double>(argument));
-    if (value >= std::numeric_limits<T>::min()) worst = std::max(worst, ulps(own(argument), value));
-  }
-  return worst;
 }
 
 TYPED_TEST(Score, Log1pIsWithinFourUnits) {
