@@ -146,9 +146,13 @@ template <class S> void token(const ReluRmsGateBackward<S>& p, int64_t t, double
   const RowNorm<C> norm = row_norm(p, t);
   const C size = static_cast<C>(p.experts);
   C mean_u = 0, mean_uh = 0;
+  // Loaded whether it is used or not: GCC 12 loses elements in the masked load for AVX2.
   if (p.norm == ReluNorm::Centered)
     mean_u = sum_row<C>(p.experts,
-                        [&](int64_t e) { return C{load(z[e])} <= 0 ? C{0} : v[e] * p.gain[e]; }) /
+                        [&](int64_t e) {
+                          const C u = v[e] * p.gain[e];
+                          return C{load(z[e])} <= 0 ? C{0} : u;
+                        }) /
              size;
   if (p.norm != ReluNorm::Simple)
     mean_uh = sum_row<C>(p.experts,
