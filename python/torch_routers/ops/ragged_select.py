@@ -3,6 +3,7 @@ r"""As many experts as a token needs, best first: how many is what the rules her
 `topk_select` orders the experts, the operator cuts the order off, and `gate` weighs what is left.
 ``csrc/ragged_select/ragged_select_kernel.h`` has the rules.
 """
+
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Literal
