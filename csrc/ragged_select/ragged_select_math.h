@@ -28,7 +28,7 @@ TORCH_ROUTERS_HOST_DEVICE static inline std::int64_t ragged_by_top_p(const Ragge
   const T limit = static_cast<T>(p.top_p);
   T before = 0;
   std::int64_t count = 0;
-  for (; count < p.slots && order[count] >= 0; ++count) {
+  for (; count < p.slots && order[count] >= 0 && order[count] < p.experts; ++count) {
     const T with = before + own_exp(z[order[count]] - sums.max) / sums.sum;
     const bool fits = p.crossing == RaggedCrossing::Below      ? with <= limit
                       : p.crossing == RaggedCrossing::Reaching ? before < limit
@@ -49,7 +49,8 @@ TORCH_ROUTERS_HOST_DEVICE static inline std::int64_t ragged_count(const RaggedSe
     count = ragged_by_top_p(p, token, sums);
   } else if (p.rule == RaggedRule::Positive) {
     const std::int64_t* order = p.order + token * p.slots;
-    while (count < p.slots && order[count] >= 0 && p.logits[token * p.experts + order[count]] > 0)
+    while (count < p.slots && order[count] >= 0 && order[count] < p.experts &&
+           p.logits[token * p.experts + order[count]] > 0)
       ++count;
   } else {
     const double sum = static_cast<double>(sums.sum);

@@ -2,6 +2,7 @@
 // read or written that should not be. Memory is exact, for the sanitizers.
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <limits>
 
 #include "entmax_problem.h"
@@ -180,6 +181,56 @@ TEST_P(EntmaxKernel, TheSameBitsInEveryRangeAndOnEveryInstructionSet) {
   check(double{});
   check(BFloat16{});
   check(Float16{});
+}
+
+TEST_P(EntmaxKernel, ATokenAloneIsWhatItIsAmongOthers) {
+  for (const double alpha : kAlphas)
+    for (const int64_t experts : {1, 31, 256, 257}) {
+      const auto q = EntmaxProblem<float>::random(37, experts, alpha, 2);
+      const auto all = run(q);
+      for (int64_t t = 0; t < 37; t += 3) {
+        const auto row = [&](const std::vector<float>& values) {
+          const auto first = values.begin() + t * experts;
+          return std::vector<float>(first, first + experts);
+        };
+        auto alone = EntmaxProblem<float>::random(1, experts, alpha);
+        alone.logits = row(q.logits);
+        alone.grad_weights = row(q.grad_weights);
+        const auto one = run(alone);
+        EXPECT_EQ(one.weights, row(all.weights)) << alpha << " " << experts;
+        EXPECT_EQ(one.grad_logits, row(all.grad_logits)) << alpha << " " << experts;
+      }
+    }
+}
+
+// An expert of logit -infinity gets nothing, but is one more than a tile has.
+TEST_P(EntmaxKernel, TilesAndRowsAgree) {
+  for (const double alpha : kAlphas) {
+    const auto tile = EntmaxProblem<double>::random(37, 256, alpha, 2);
+    auto row = EntmaxProblem<double>::random(37, 257, alpha);
+    for (int64_t t = 0; t < 37; ++t) {
+      std::copy_n(&tile.logits[t * 256], 256, &row.logits[t * 257]);
+      row.logits[t * 257 + 256] = -kInfinity;
+    }
+    const auto of_tile = run(tile).weights, of_row = run(row).weights;
+    for (int64_t t = 0; t < 37; ++t) {
+      EXPECT_EQ(of_row[t * 257 + 256], 0);
+      for (int64_t e = 0; e < 256; ++e)
+        ASSERT_NEAR(of_tile[t * 256 + e], of_row[t * 257 + e], 1e-13) << alpha;
+    }
+  }
+}
+
+TEST_P(EntmaxKernel, MaskedContentChangesNothing) {
+  for (const double alpha : kAlphas)
+    for (const int64_t experts : {31, 257}) {
+      auto q = EntmaxProblem<float>::random(37, experts, alpha);
+      for (int64_t t = 0; t < 37; ++t) q.valid.push_back(t % 3 != 1);
+      auto other = q;
+      for (int64_t i = 0; i < 37 * experts; ++i)
+        if (!q.valid[i / experts]) other.logits[i] = std::numeric_limits<float>::quiet_NaN();
+      EXPECT_EQ(run(other), run(q)) << alpha << " " << experts;
+    }
 }
 
 TEST_P(EntmaxKernel, NoTokens) {

@@ -94,15 +94,65 @@ TEST_P(EntropyGateKernel, HasTheSlopesOfFiniteDifferences) {
     }
 }
 
+// One by one, and several at a time; experts: of tiles up to the largest, and of rows.
 TEST_P(EntropyGateKernel, HasTheSameBitsAsTheDefault) {
   const auto compare = [&]<class T>(T) {
-    const EntropyProblem<T> problem(9, 21);
-    const auto expected = problem.template run<HostArray>(
-        [](const auto& p, int64_t tokens) { Default::entropy_gate(p, 0, tokens); });
-    EXPECT_TRUE(run(problem) == expected);
+    for (const int64_t experts : {21, 512, 513})
+      for (const bool renormalize : {false, true}) {
+        EntropyProblem<T> problem(37, experts);
+        problem.rule.renormalize = renormalize;
+        const auto expected = problem.template run<HostArray>(
+            [](const auto& p, int64_t tokens) { Default::entropy_gate(p, 0, tokens); });
+        EXPECT_TRUE(run(problem) == expected) << experts;
+        const auto at_once = problem.template run<HostArray>([&](const auto& p, int64_t tokens) {
+          TORCH_ROUTERS_PICK_ISA(GetParam(), entropy_gate(p, 0, tokens));
+        });
+        EXPECT_TRUE(at_once == expected) << experts;
+      }
   };
   compare(float{});
   compare(double{});
+}
+
+// An expert of logit -infinity takes no part in what is kept, but is one more than a tile has.
+TEST_P(EntropyGateKernel, TilesAndRowsAgree) {
+  for (const bool renormalize : {false, true}) {
+    EntropyProblem<double> tile(37, 512), row(37, 513);
+    tile.rule.soft = row.rule.soft = false;  // the entropy is divided by one of the experts
+    tile.rule.renormalize = row.rule.renormalize = renormalize;
+    tile.grad_entropy.assign(37, 0);
+    row.grad_entropy.assign(37, 0);
+    for (int64_t t = 0; t < 37; ++t) {
+      std::copy_n(&tile.logits[t * 512], 512, &row.logits[t * 513]);
+      std::copy_n(&tile.grad_weights[t * 512], 512, &row.grad_weights[t * 513]);
+      row.logits[t * 513 + 512] = -std::numeric_limits<double>::infinity();
+    }
+    const auto of_tile = run(tile), of_row = run(row);
+    for (int64_t t = 0; t < 37; ++t) {
+      EXPECT_EQ(of_row.weights[t * 513 + 512], 0);
+      EXPECT_EQ(of_row.grad_logits[t * 513 + 512], 0);
+      for (int64_t e = 0; e < 512; ++e) {
+        ASSERT_NEAR(of_tile.weights[t * 512 + e], of_row.weights[t * 513 + e], 1e-14);
+        ASSERT_NEAR(of_tile.grad_logits[t * 512 + e], of_row.grad_logits[t * 513 + e], 1e-13);
+      }
+    }
+  }
+}
+
+TEST_P(EntropyGateKernel, MaskedContentChangesNothing) {
+  for (const int64_t experts : {21, 513}) {
+    const EntropyProblem<float> problem(37, experts);
+    EntropyProblem<float> other = problem;
+    for (int64_t i = 0; i < 37 * experts; ++i)
+      if (!problem.valid[i / experts])
+        other.logits[i] = other.grad_weights[i] = std::numeric_limits<float>::quiet_NaN();
+    const auto at_once = [&](const EntropyProblem<float>& problem) {
+      return problem.run<HostArray>([&](const auto& p, int64_t tokens) {
+        TORCH_ROUTERS_PICK_ISA(GetParam(), entropy_gate(p, 0, tokens));
+      });
+    };
+    EXPECT_TRUE(at_once(problem) == at_once(other));
+  }
 }
 
 TEST_P(EntropyGateKernel, MasksWhatIsNoNumber) {

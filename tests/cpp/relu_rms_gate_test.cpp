@@ -2,6 +2,7 @@
 // says. Memory is exact, for the sanitizers.
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <limits>
 
 #include "relu_rms_gate_run.h"
@@ -83,17 +84,18 @@ TEST_P(ReluRmsGateKernel, ADeadRowIsZeroAndHasNoGradient) {
 }
 
 TEST_P(ReluRmsGateKernel, MaskedContentChangesNothing) {
-  for (const ReluNorm norm : kNorms) {
-    ReluProblem<float> q(130, 33, norm, true), other = q;
-    for (int64_t i = 0; i < q.tokens * q.experts; ++i)
-      if (!q.valid[i / q.experts])
-        other.logits[i] = other.grad_weights[i] = std::numeric_limits<float>::quiet_NaN();
-    const auto a = results(q), b = results(other);
-    EXPECT_EQ(a.weights, b.weights);
-    EXPECT_EQ(a.counts, b.counts);
-    EXPECT_EQ(a.grad_logits, b.grad_logits);
-    EXPECT_EQ(a.grad_gain, b.grad_gain);
-  }
+  for (const ReluNorm norm : kNorms)
+    for (const int64_t experts : {33, 65}) {  // tiles, and rows
+      ReluProblem<float> q(130, experts, norm, true), other = q;
+      for (int64_t i = 0; i < q.tokens * q.experts; ++i)
+        if (!q.valid[i / q.experts])
+          other.logits[i] = other.grad_weights[i] = std::numeric_limits<float>::quiet_NaN();
+      const auto a = results(q), b = results(other);
+      EXPECT_EQ(a.weights, b.weights);
+      EXPECT_EQ(a.counts, b.counts);
+      EXPECT_EQ(a.grad_logits, b.grad_logits);
+      EXPECT_EQ(a.grad_gain, b.grad_gain);
+    }
 }
 
 TEST_P(ReluRmsGateKernel, RangesGiveTheSameBits) {
@@ -103,6 +105,67 @@ TEST_P(ReluRmsGateKernel, RangesGiveTheSameBits) {
     EXPECT_EQ(a.weights, b.weights);
     EXPECT_EQ(a.grad_logits, b.grad_logits);
     EXPECT_EQ(a.grad_gain, b.grad_gain);
+  }
+}
+
+TEST_P(ReluRmsGateKernel, ATokenAloneIsWhatItIsAmongOthers) {
+  const auto check = [&]<class T>(T) {
+    for (const ReluNorm norm : kNorms)
+      for (const int64_t experts : {1, 37, 64, 65}) {
+        const ReluProblem<T> q(37, experts, norm);
+        const auto all = results(q);
+        for (int64_t t = 0; t < q.tokens; ++t) {
+          ReluProblem<T> alone(1, experts, norm);
+          const auto row = [&](const std::vector<T>& values) {
+            const auto first = values.begin() + t * experts;
+            return std::vector<T>(first, first + experts);
+          };
+          alone.logits = row(q.logits);
+          alone.gain = q.gain;
+          alone.grad_weights = row(q.grad_weights);
+          const auto one = results(alone);
+          EXPECT_EQ(one.weights, row(all.weights));
+          EXPECT_EQ(one.inverse_rms[0], all.inverse_rms[t]);
+          EXPECT_EQ(one.grad_logits, row(all.grad_logits));
+        }
+      }
+  };
+  check(float{});
+  check(double{});
+}
+
+TEST_P(ReluRmsGateKernel, HasTheSameBitsAsTheDefault) {
+  for (const ReluNorm norm : kNorms)
+    for (const int64_t experts : {1, 37, 64, 65}) {
+      const ReluProblem<float> q(70, experts, norm, true);
+      const auto expected = run_relu<HostArray>(
+          q, [](const auto& p, int64_t count) { Default::relu_rms_gate(p, 0, count); });
+      const auto r = results(q);
+      EXPECT_EQ(r.weights, expected.weights);
+      EXPECT_EQ(r.counts, expected.counts);
+      EXPECT_EQ(r.grad_logits, expected.grad_logits);
+      EXPECT_EQ(r.grad_gain, expected.grad_gain);
+    }
+}
+
+// Simple knows nothing of other experts: one more, which is not active, makes rows of tiles.
+TEST_P(ReluRmsGateKernel, TilesAndRowsAgree) {
+  ReluProblem<double> tile(70, 64, ReluNorm::Simple, true), row(70, 65, ReluNorm::Simple);
+  row.valid = tile.valid;
+  std::copy_n(tile.gain.begin(), 64, row.gain.begin());
+  for (int64_t t = 0; t < 70; ++t) {
+    std::copy_n(&tile.logits[t * 64], 64, &row.logits[t * 65]);
+    std::copy_n(&tile.grad_weights[t * 64], 64, &row.grad_weights[t * 65]);
+    row.logits[t * 65 + 64] = 0;
+  }
+  const auto of_tile = results(tile), of_row = results(row);
+  for (int64_t e = 0; e < 64; ++e) {
+    EXPECT_EQ(of_tile.counts[e], of_row.counts[e]);
+    EXPECT_NEAR(of_tile.grad_gain[e], of_row.grad_gain[e], 1e-12);
+    for (int64_t t = 0; t < 70; ++t) {
+      ASSERT_EQ(of_tile.weights[t * 64 + e], of_row.weights[t * 65 + e]);
+      ASSERT_EQ(of_tile.grad_logits[t * 64 + e], of_row.grad_logits[t * 65 + e]);
+    }
   }
 }
 

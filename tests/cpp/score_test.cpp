@@ -75,7 +75,7 @@ TYPED_TEST(Score, LogIsWithinTwoUnits) {
   }
   EXPECT_LT(worst, 2);
   EXPECT_LT((worst_ulps<T>(0.5, 2, own, exact)), 2);
-  EXPECT_LT((worst_ulps<T>(1 - 1e6 * epsilon, 1 + 1e6 * epsilon, own, exact)), 2);
+  EXPECT_LT((worst_ulps<T>(1 - 1e5 * epsilon, 1 + 1e5 * epsilon, own, exact)), 2);
   for (const T x :
        {Limits::min(), Limits::max(), std::nextafter(T{1}, T{0}), std::nextafter(T{1}, T{2})})
     EXPECT_LT(ulps(own(x), exact(x)), 2) << x;
@@ -98,7 +98,7 @@ TYPED_TEST(Score, Expm1IsWithinTwoUnits) {
   for (const auto& [first, last] :
        {std::pair(lowest, highest), std::pair(-2.0, 2.0), std::pair(-1e-3, 1e-3)})
     EXPECT_LT((worst_ulps<T>(first, last, own, exact)), 2) << first;
-  for (T x = 1; x > Limits::min(); x *= T{0.7f})
+  for (T x = 1; x > 0; x *= T{0.3f})  // down to the smallest of all
     for (const T argument : {x, -x}) {
       EXPECT_LT(ulps(own(argument), exact(argument)), 2) << argument;
     }
