@@ -84,7 +84,10 @@ def _forward(x, weight, mix, offsets, bias):
     _check(x, weight, mix, offsets, bias)
     merged = soft_merge(mix, weight).to(x.dtype)
     merged_bias = None if bias is None else soft_merge(mix, bias).to(x.dtype)
-    return torch.ops.torch_routers.grouped_linear(x, merged, offsets, merged_bias)
+    try:
+        return torch.ops.torch_routers.grouped_linear(x, merged, offsets, merged_bias)
+    except ValueError as error:  # of what offsets hold
+        raise ValueError(str(error).replace("grouped_linear", "merged_linear", 1)) from None
 
 
 @torch.library.register_fake(_NAME)
@@ -96,7 +99,9 @@ def _fake(x, weight, mix, offsets, bias):
 def _check(x, weight, mix, offsets, bias):
     op = "merged_linear: expected"
     check(x.dim() == 2, lambda: f"{op} x of shape [rows, in_features], got {list(x.shape)}")
-    check_dtype("merged_linear", "x", x, *DTYPES)
+    for name, tensor in ("x", x), ("weight", weight), ("bias", bias):
+        if tensor is not None:
+            check_dtype("merged_linear", name, tensor, *DTYPES)
     check(
         weight.dim() == 3 and weight.shape[2] == x.shape[1],
         lambda: (

@@ -76,7 +76,7 @@ def errors():
         ("end", [0, 5], "offsets from 0 to at most 4, the number of rows, got 0 to 5"),
     ):
         yield Error(f"offsets {name}", (x, weight, mix, torch.tensor(wrong)),
-                    "grouped_linear: expected " + said, static=False)  # fmt: skip
+                    op + said, static=False)  # fmt: skip
 
 
 def overloads(sample):
