@@ -68,20 +68,15 @@ def corpus(domain: str, *, documents: int = 100, size: int = 60) -> Corpus:
     )
 
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
 def text_folder(folder: Path, domain: str) -> str:
     folder = folder / domain
     folder.mkdir(parents=True)
     for document in corpus(domain).documents:
         (folder / document.name).write_text(document.text, encoding="utf-8")
     return f"{domain}={folder}"
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -22,14 +22,7 @@ TINY = Settings(
     steps=3, layers=2, hidden_size=16, heads=2, num_experts=4, expert_size=8, sequence=16, batch=4
 )
 VOCABULARY = 50
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

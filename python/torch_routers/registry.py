@@ -8,12 +8,19 @@ from __future__ import annotations
 
 import fnmatch
 import inspect
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch_routers.routers import Router
 
 _CLASSES: dict[str, type[Configurable]] = {}
+
+
+def check_choice(caller: str, name: str, value: Any, choices: Sequence[Any]) -> None:
+    """An error for a value that is not among those to choose from."""
+    if value not in choices:
+        raise ValueError(f"{caller}: expected {name} among {list(choices)}, got {value!r}")
 
 
 class Configurable:

@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from torch_routers.layers.experts import ExpertBank
-from torch_routers.routers.base import check_choice
+from torch_routers.ops._groups import group_of_tokens
+from torch_routers.registry import check_choice
 from torch_routers.routing import Merge
 
 
@@ -85,8 +86,7 @@ class LoraExperts(ExpertBank):
 
     def _stacked(self, rows: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:
         """All experts as one, of the sum of their ranks, each with its weight between A and B."""
-        row = torch.arange(rows.shape[0], device=rows.device)
-        segment = torch.searchsorted(offsets[1:].contiguous(), row, right=True)
+        segment = group_of_tokens(offsets, rows.shape[0])
         of_rows = weights[segment.clamp(max=weights.shape[0] - 1)]
         hidden = F.linear(rows, self.A.flatten(0, 1)).unflatten(1, self.A.shape[:2])
         weighted = (of_rows.unsqueeze(2) * hidden).to(hidden.dtype).flatten(1)

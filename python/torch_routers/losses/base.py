@@ -1,6 +1,6 @@
 """The base of the auxiliary losses."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -114,12 +114,6 @@ def evaluate(
         totals.append(common.total)
         values.update((name, getattr(common, term)) for name, term in terms.items())
     return sum(totals[1:], totals[0]), values
-
-
-def check_choice(caller: str, name: str, value: Any, choices: Sequence[Any]) -> None:
-    """An error for a value that is not among those to choose from."""
-    if value not in choices:
-        raise ValueError(f"{caller}: expected {name} among {list(choices)}, got {value!r}")
 
 
 # ---- what functions of tokens share --------------------------------------------------------------

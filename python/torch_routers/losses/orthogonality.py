@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from torch_routers.losses.base import RouterLoss, check_choice, full_precision, matmul
+from torch_routers.losses.base import RouterLoss, full_precision, matmul
+from torch_routers.registry import check_choice
 from torch_routers.routing import Routing
 
 ROUTER_FORMS = ("l1", "cosine")

@@ -5,7 +5,8 @@ from typing import Any, ClassVar, Literal
 
 import torch.distributed as dist
 
-from torch_routers.losses.base import RouterLoss, check_choice
+from torch_routers.losses.base import RouterLoss
+from torch_routers.registry import check_choice
 
 GRAD_REDUCTIONS = (None, "mean", "sum")
 

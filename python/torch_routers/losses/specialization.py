@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from torch_routers.losses.balance import first_choices
-from torch_routers.losses.base import RouterLoss, check_choice, full_precision, log_probs
+from torch_routers.losses.base import RouterLoss, full_precision, log_probs
 from torch_routers.losses.entropy import entropy
+from torch_routers.registry import check_choice
 from torch_routers.routing import Routing
 
 USAGES = ("top1", "topk")

@@ -7,11 +7,11 @@ from torch import Tensor
 
 from torch_routers.losses.base import (
     RouterLoss,
-    check_choice,
     full_precision,
     probabilities,
     valid_tokens,
 )
+from torch_routers.registry import check_choice
 from torch_routers.routing import Routing
 
 AXES = ("expert", "token")

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from torch_routers._autograd import vmap_by_rows
 from torch_routers.ops._check import check, dtype_name
+from torch_routers.ops.entropy_gate import CROSSINGS
 from torch_routers.ops.gate import topk_select
 
 RULES = ("top_p", "entropy", "confidence", "positive")
-CROSSINGS = ("below", "reaching", "exceeding")
 
 _op = torch.ops.torch_routers.ragged_select.default
 

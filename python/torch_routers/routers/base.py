@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from torch_routers._autograd import autocast_dtype
 from torch_routers.delivery import Count, Deliver, Inputs, in_backward
 from torch_routers.losses import RouterLoss
-from torch_routers.losses.base import check_choice as check_choice
-from torch_routers.losses.base import evaluate
+from torch_routers.losses.base import evaluate, full_precision
 from torch_routers.registry import Configurable
 from torch_routers.routing import Routing
 
@@ -182,10 +181,8 @@ class Router(Configurable, nn.Module):
         """Whether losses will read the statistics of each sequence: one group per sample."""
         return self.training and any(loss.per_sequence for loss in self.losses)
 
-    @staticmethod
-    def full_precision(x: Tensor) -> Tensor:
-        """``x`` in the dtype in which routers compute: float32, or float64 where ``x`` is."""
-        return x if x.dtype == torch.float64 else x.float()
+    #: ``x`` in the dtype in which routers compute: float32, or float64 where ``x`` is.
+    full_precision = staticmethod(full_precision)
 
     # ----------------------------------------------------------------------------------------------
 

@@ -9,8 +9,7 @@ from torch import Tensor, nn
 
 from torch_routers import ops
 from torch_routers.losses import RouterLoss
-from torch_routers.registry import Configurable
-from torch_routers.routers.base import check_choice
+from torch_routers.registry import Configurable, check_choice
 from torch_routers.routers.topk import TopKRouter
 from torch_routers.routing import Routing
 

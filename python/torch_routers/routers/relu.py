@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch_routers import ops
 from torch_routers.losses import RouterLoss
 from torch_routers.losses.activation import activation_probs
-from torch_routers.routers.base import Router, check_choice
+from torch_routers.registry import check_choice
+from torch_routers.routers.base import Router
 from torch_routers.routers.dense import dense_statistics
 from torch_routers.routing import Routing
 

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch_routers import ops
 from torch_routers.losses import LoadLoss, RouterLoss, expected_load
 from torch_routers.noise import Noise, Stream
-from torch_routers.routers.base import Router, check_choice
+from torch_routers.registry import check_choice
+from torch_routers.routers.base import Router
 from torch_routers.routers.drop import DROP_POLICIES, within_capacity
 from torch_routers.routing import Routing
 
