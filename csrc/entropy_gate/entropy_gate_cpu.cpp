@@ -109,19 +109,19 @@ template <class T> void tokens(const EntropyGate<T>& p, int64_t first, int64_t c
     each_lane([&](int l) { keys[e][l] = signed_key(tile.p[e][l]); });
   tile.softmax(experts);
   const EntropyFormula<T> formula(p.rule, experts);
-  alignas(64) Lanes<T> sum, mean, kept = {};
+  alignas(64) Lanes<T> sum, mean, all, kept = {};
   bool active[kLanes];
   entropy_sums(formula, experts, tile, sum, mean, {});
   for (int64_t l = 0; l < kLanes; ++l) {
     const T entropy = experts == 1 ? T{0} : static_cast<T>(formula.value(sum[l]));
     if (l < count) p.entropy[first + l] = tile.live[l] ? entropy : T{0};
     active[l] = tile.live[l] && !keeps_all(p.rule, entropy);
-    mean[l] = tile.live[l] && !active[l];  // all are kept
+    all[l] = tile.live[l] && !active[l];
   }
   select_tile(p.rule, experts, tile, active, keys);
   for (int64_t e = 0; e < experts; ++e)
     each_lane([&](int l) {
-      const T w = mean[l] != 0 || keys[e][l] == kNoKey<T> ? tile.p[e][l] : T{0};
+      const T w = all[l] != 0 || keys[e][l] == kNoKey<T> ? tile.p[e][l] : T{0};
       tile.p[e][l] = w;
       kept[l] += w;
     });

@@ -24,13 +24,13 @@
 
 #include <cstdint>
 
+#include "common/crossing.h"
 #include "common/isa.h"
 #include "common/scalar.h"
 
 namespace torch_routers {
 
 enum class Entropy : std::int64_t { Tsallis, Renyi };
-enum class Crossing : std::int64_t { Below, Reaching, Exceeding };
 
 struct EntropyRule {
   Entropy entropy;

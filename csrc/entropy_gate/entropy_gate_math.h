@@ -73,10 +73,8 @@ template <class T> struct Place {
 template <class T>
 TORCH_ROUTERS_HOST_DEVICE static inline bool is_kept(const EntropyRule& rule, std::int64_t j,
                                                      T before, T with) {
-  const T limit = static_cast<T>(rule.top_p);
-  const bool fits = rule.crossing == Crossing::Below      ? with <= limit
-                    : rule.crossing == Crossing::Reaching ? j == 0 || before < limit
-                                                          : j == 0 || before <= limit;
+  const bool is_first = j == 0 && rule.crossing != Crossing::Below;
+  const bool fits = is_first || is_within(rule.crossing, before, with, static_cast<T>(rule.top_p));
   return fits || j < rule.keep_top_k;
 }
 

@@ -15,6 +15,7 @@
 
 #include <cstdint>
 
+#include "common/crossing.h"
 #include "common/isa.h"
 #include "common/scalar.h"
 
@@ -22,7 +23,6 @@ namespace torch_routers {
 
 // Values: those of the operator's arguments, in the order of the names in Python.
 enum class RaggedRule : std::int64_t { TopP, Entropy, Confidence, Positive };
-enum class RaggedCrossing : std::int64_t { Below, Reaching, Exceeding };
 
 template <class T> struct RaggedSelect {
   std::int64_t tokens, experts, slots;
@@ -30,7 +30,7 @@ template <class T> struct RaggedSelect {
   const std::int64_t* order;  // [tokens, slots]: experts, the largest logits first; -1: none
   RaggedRule rule;
   double top_p;
-  RaggedCrossing crossing;
+  Crossing crossing;
   std::int64_t least;
   std::int64_t steps;          // thresholds
   const double* thresholds;    // [steps], ascending

@@ -30,10 +30,7 @@ TORCH_ROUTERS_HOST_DEVICE static inline std::int64_t ragged_by_top_p(const Ragge
   std::int64_t count = 0;
   for (; count < p.slots && order[count] >= 0 && order[count] < p.experts; ++count) {
     const T with = before + own_exp(z[order[count]] - sums.max) / sums.sum;
-    const bool fits = p.crossing == RaggedCrossing::Below      ? with <= limit
-                      : p.crossing == RaggedCrossing::Reaching ? before < limit
-                                                               : before <= limit;
-    if (!fits || with != with) break;
+    if (!is_within(p.crossing, before, with, limit) || with != with) break;
     before = with;
   }
   return count;

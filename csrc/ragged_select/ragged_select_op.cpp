@@ -45,7 +45,7 @@ Tensor ragged_select(const Tensor& logits, const Tensor& order, int64_t rule, do
                                  data<int64_t>(given),
                                  static_cast<RaggedRule>(rule),
                                  top_p,
-                                 static_cast<RaggedCrossing>(crossing),
+                                 static_cast<Crossing>(crossing),
                                  least,
                                  steps,
                                  data<double>(limits),

@@ -42,8 +42,7 @@ template <class T> void check_every_rule(int64_t tokens, int64_t experts) {
   }
   problem.rule = RaggedRule::TopP;
   for (const double top_p : {0.0, 0.61, 2.0})
-    for (const RaggedCrossing crossing :
-         {RaggedCrossing::Below, RaggedCrossing::Reaching, RaggedCrossing::Exceeding}) {
+    for (const Crossing crossing : {Crossing::Below, Crossing::Reaching, Crossing::Exceeding}) {
       problem.top_p = top_p;
       problem.crossing = crossing;
       expect_cuda_equals_cpu(problem);

@@ -16,7 +16,7 @@ template <class T> struct RaggedProblem {
   std::int64_t tokens, experts, slots;
   RaggedRule rule = RaggedRule::TopP;
   double top_p = 0.8;
-  RaggedCrossing crossing = RaggedCrossing::Exceeding;
+  Crossing crossing = Crossing::Exceeding;
   std::int64_t least = 1;
   std::vector<double> thresholds;
   std::vector<std::int64_t> counts{1};

@@ -16,8 +16,7 @@ using std::int64_t;
 using Indices = std::vector<int64_t>;
 constexpr RaggedRule kRules[] = {RaggedRule::TopP, RaggedRule::Entropy, RaggedRule::Confidence,
                                  RaggedRule::Positive};
-constexpr RaggedCrossing kCrossings[] = {RaggedCrossing::Below, RaggedCrossing::Reaching,
-                                         RaggedCrossing::Exceeding};
+constexpr Crossing kCrossings[] = {Crossing::Below, Crossing::Reaching, Crossing::Exceeding};
 // Of tiles up to the largest, and of rows.
 constexpr int64_t kExperts[] = {1, 2, 7, 21, 64, 512, 513, 600};
 
@@ -75,7 +74,7 @@ long double exact_entropy(const std::vector<long double>& p) {
 TEST_P(RaggedSelectKernel, KeepsWhatTheRuleSays) {
   RaggedProblem<double> problem(logs({.2, .5, .05, .25}));
   EXPECT_EQ(problem.order, (Indices{1, 3, 0, 2}));
-  const auto by_top_p = [&](double top_p, RaggedCrossing crossing) {
+  const auto by_top_p = [&](double top_p, Crossing crossing) {
     problem.top_p = top_p;
     problem.crossing = crossing;
     return kept(problem);
@@ -83,11 +82,11 @@ TEST_P(RaggedSelectKernel, KeepsWhatTheRuleSays) {
   for (const auto& [top_p, fitting] :
        {std::pair{0.3, 0}, {0.6, 1}, {0.8, 2}, {0.96, 3}}) {  // sums: 0.5, 0.75, 0.95, 1
     problem.least = 0;
-    EXPECT_EQ(by_top_p(top_p, RaggedCrossing::Below), fitting);
-    EXPECT_EQ(by_top_p(top_p, RaggedCrossing::Reaching), fitting + 1);
-    EXPECT_EQ(by_top_p(top_p, RaggedCrossing::Exceeding), fitting + 1);
+    EXPECT_EQ(by_top_p(top_p, Crossing::Below), fitting);
+    EXPECT_EQ(by_top_p(top_p, Crossing::Reaching), fitting + 1);
+    EXPECT_EQ(by_top_p(top_p, Crossing::Exceeding), fitting + 1);
   }
-  for (const RaggedCrossing crossing : kCrossings) EXPECT_EQ(by_top_p(2, crossing), 4);
+  for (const Crossing crossing : kCrossings) EXPECT_EQ(by_top_p(2, crossing), 4);
   const auto by_steps = [&](RaggedRule rule, const std::vector<double>& thresholds) {
     problem.rule = rule;
     problem.thresholds = thresholds;
@@ -118,7 +117,7 @@ TEST_P(RaggedSelectKernel, ASumOfExactlyTopPCrossesAsTheRuleSays) {
       const auto by_crossing = [&](T top_p) {
         problem.top_p = top_p;
         Indices counts;
-        for (const RaggedCrossing crossing : kCrossings) {
+        for (const Crossing crossing : kCrossings) {
           problem.crossing = crossing;
           counts.push_back(kept(problem));
         }
@@ -217,7 +216,7 @@ TEST_P(RaggedSelectKernel, RowsThatAreNotFinite) {
     row(19)[experts - 1] = -1;  // certain
     problem.sort();
     for (const RaggedRule rule : kRules)
-      for (const RaggedCrossing crossing : kCrossings) {
+      for (const Crossing crossing : kCrossings) {
         RaggedProblem<float> other = plain;
         other.rule = problem.rule = rule;
         other.crossing = problem.crossing = crossing;
@@ -234,7 +233,7 @@ TEST_P(RaggedSelectKernel, RowsThatAreNotFinite) {
           if (t == 4 && rule == RaggedRule::Positive)
             count = std::count_if(row(4), row(5), [](float z) { return z > 0; });
           if (t == 19 && rule != RaggedRule::Positive)
-            count = by_steps ? 2 : crossing != RaggedCrossing::Below;
+            count = by_steps ? 2 : crossing != Crossing::Below;
           for (int64_t j = 0; j < 5; ++j)
             EXPECT_EQ(got[j], j < count ? problem.order[5 * t + j] : -1) << t << " " << j;
         }
@@ -280,7 +279,7 @@ TEST_P(RaggedSelectKernel, ARangeIsWhatItsTokensAre) {
   const auto check = [&]<class T>(T epsilon) {
     for (const int64_t experts : kExperts)
       for (const RaggedRule rule : kRules)
-        for (const RaggedCrossing crossing : kCrossings) {
+        for (const Crossing crossing : kCrossings) {
           RaggedProblem<T> problem(37, experts, std::min<int64_t>(experts, 9));
           const auto p = exact_softmax(problem.logits.data(), experts);
           problem.rule = rule;

@@ -10,7 +10,7 @@ template <class T> struct Inputs {
   int64_t tokens, experts, slots;
   RaggedRule rule;
   double top_p;
-  RaggedCrossing crossing;
+  Crossing crossing;
   int64_t least, steps;
   Array<T> logits;
   Array<int64_t> order;
@@ -23,7 +23,7 @@ template <class T> struct Inputs {
         slots(bytes.size(0, 12)),
         rule(static_cast<RaggedRule>(bytes.integer(0, 3))),
         top_p(1.2 * bytes.share()),
-        crossing(static_cast<RaggedCrossing>(bytes.integer(0, 2))),
+        crossing(static_cast<Crossing>(bytes.integer(0, 2))),
         least(bytes.integer(0, 15)),
         steps(bytes.size(0, 12)),
         logits(bytes.numbers<T>(tokens * experts, bytes.kind())),
