@@ -43,9 +43,9 @@ class RoutingScope:
         self.router, self.name, self.router_input = router, name, router_input
         self.tasks = tasks
         self.forced: int | None = None
-        self.keeps_routing = False
+        self.watches = self.keeps_routing = False
         self._routing: Routing | None = None
-        self._container: tuple[RemovableHandle, ...] = ()
+        self._handles: tuple[RemovableHandle, ...] = ()
         self._first: Tensor | None = None
         self._is_first_pass = False
 
@@ -60,8 +60,8 @@ class RoutingScope:
         Args:
             keeps_routing: until the next call, for layers outside the container.
         """
-        self.keeps_routing = keeps_routing
-        self._container = (
+        self.watches, self.keeps_routing = True, keeps_routing
+        self._handles = (
             container.register_forward_pre_hook(self._enter, with_kwargs=True),
             container.register_forward_hook(self._leave, always_call=True),
         )
@@ -76,13 +76,13 @@ class RoutingScope:
 
     def remove(self) -> None:
         """Watch no container any more."""
-        for handle in self._container:
+        for handle in self._handles:
             handle.remove()
-        self._container = ()
+        self.watches, self._handles = False, ()
 
     def routing_for(self, x: Tensor) -> Routing | None:
         """The routing for a layer that is called with ``x``; None: it has no experts now."""
-        if not self._container:
+        if not self.watches:
             return self._route(x)
         if self._is_first_pass:
             return None
