@@ -190,9 +190,7 @@ def test_a_block_is_routed_by_what_it_gets():
     ids, mask = batch()
     _, routings = call(model, ids, mask)
     routing = dict(zip(routings.names, routings))["layers.0.self_attn.q_proj.routed_gate.default"]
-    alone = attention.q_proj.routed_gate["default"](
-        seen["hidden_states"], valid_mask=mask.bool()
-    )
+    alone = attention.q_proj.routed_gate["default"](seen["hidden_states"], valid_mask=mask.bool())
     assert torch.equal(routing.weights, alone.weights)
 
 

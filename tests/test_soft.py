@@ -39,7 +39,9 @@ def test_the_worked_example():
     router = tr.SoftRouter(2, 2).double()
     router.weight.data = torch.tensor([[0.3, 0.0], [-0.3, 0.0]]).double()
     x = torch.tensor([1.0, 2.0]).double()
-    assert_close(router(x).weights, torch.tensor([0.6456563, 0.3543437]).double(), atol=5e-8, rtol=0)
+    assert_close(
+        router(x).weights, torch.tensor([0.6456563, 0.3543437]).double(), atol=5e-8, rtol=0
+    )
 
 
 def test_a_label_that_is_no_expert_gives_none():
@@ -49,7 +51,9 @@ def test_a_label_that_is_no_expert_gives_none():
 
 
 def test_hard_asks_for_labels():
-    with pytest.raises(ValueError, match='SoftRouter: expected task_ids with mode="hard", got none'):
+    with pytest.raises(
+        ValueError, match='SoftRouter: expected task_ids with mode="hard", got none'
+    ):
         make("hard")(seeded(3, 6).double())
 
 

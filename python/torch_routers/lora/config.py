@@ -1,4 +1,6 @@
 from dataclasses import dataclass, field
+
+
 @dataclass
 class RoutedLoraConfig:
     r: int = 8
@@ -18,8 +20,15 @@ class RoutedLoraConfig:
     num_tasks: int = None
     task_embedding_size: int = 64
     losses: list = ()
+
     def __post_init__(self):
         self.losses = [l.config() if hasattr(l, "config") else l for l in self.losses]
-    def experts(self): return self.expert_names or [str(e) for e in range(self.num_experts)]
-    def rank_of(self, name, e): return self.r
-    def scaling_of(self, name, e): return self.lora_alpha / self.r
+
+    def experts(self):
+        return self.expert_names or [str(e) for e in range(self.num_experts)]
+
+    def rank_of(self, name, e):
+        return self.r
+
+    def scaling_of(self, name, e):
+        return self.lora_alpha / self.r

@@ -107,9 +107,11 @@ def unload(model: nn.Module, mix: str | None = None) -> nn.Module:
             layer.remove_mix(known)
         if not layer.routed_A:
             _replace(model, name, layer.base_layer)
-    model.routed_lora = {} if mix is None else {
-        name: config for name, config in configs_of(model).items() if name != mix
-    }
+    model.routed_lora = (
+        {}
+        if mix is None
+        else {name: config for name, config in configs_of(model).items() if name != mix}
+    )
     return model
 
 
@@ -162,9 +164,7 @@ def two_passes(model: nn.Module) -> RemovableHandle:
         scope for scope in scopes_of(model, "two_passes") if scope.router_input == "first_pass"
     ]
     if not scopes:
-        raise ValueError(
-            'two_passes: expected a mixture with router_input="first_pass", got none'
-        )
+        raise ValueError('two_passes: expected a mixture with router_input="first_pass", got none')
 
     def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         first = dict(kwargs)

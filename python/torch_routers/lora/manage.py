@@ -148,7 +148,9 @@ def print_trainable_parameters(model: nn.Module) -> None:
 # ---- which experts there are ---------------------------------------------------------------------
 
 
-def add_expert(model: nn.Module, expert: str, mix: str = "default", *, rank: int | None = None) -> None:
+def add_expert(
+    model: nn.Module, expert: str, mix: str = "default", *, rank: int | None = None
+) -> None:
     """Add an expert that does nothing yet, behind the others; routers get a row for it.
 
     The row is a fresh one, so that the new expert is chosen now and then; what the router knew of

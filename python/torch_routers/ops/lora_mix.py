@@ -5,7 +5,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def lora_mix(x, factors_a, factors_b, weights, indices=None, *, scaling=None, strategy=None, router_grad="selected") -> Tensor:
+def lora_mix(
+    x,
+    factors_a,
+    factors_b,
+    weights,
+    indices=None,
+    *,
+    scaling=None,
+    strategy=None,
+    router_grad="selected",
+) -> Tensor:
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
     x = x.to(dtype)
     E = len(factors_a)
