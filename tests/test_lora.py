@@ -575,7 +575,7 @@ def test_losses_without_a_destination_raise():
 
 def test_a_container_must_be_called():
     model = injected(router_scope="block", losses=[])
-    with pytest.raises(RuntimeError, match="lora: expected a call of layers.0.mlp, whose input"):
+    with pytest.raises(RuntimeError, match=r"lora: expected a call of layers\.0\.mlp, whose input"):
         model.layers[0].mlp.up_proj(torch.zeros(2, HIDDEN))
 
 

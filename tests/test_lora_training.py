@@ -1,4 +1,4 @@
-"""Training a mixture of LoRAs: resumed, on several ranks, on a device that must not be waited for."""
+"""Training mixtures of LoRAs: resumed, on several ranks, and where values must not be read."""
 
 import copy
 

@@ -1,5 +1,4 @@
 from dataclasses import dataclass
-from torch import nn
 
 
 @dataclass
@@ -14,6 +13,6 @@ def match_modules(model, config):
         for n, m in model.named_modules()
         if not n.endswith("base_layer")
         and (hasattr(m, "in_features"))
-        and (t == "all-linear" and n != "lm_head" or any(n == x or n.endswith("." + x) for x in t))
+        and ((t == "all-linear" and n != "lm_head") or any(n == x or n.endswith("." + x) for x in t))
     ]
     return InjectionReport(names)

@@ -29,9 +29,8 @@ class SoftRouter(Router):
         :math:`w_e = p_e` for the ``top_k`` largest logits, 0 for the others, divided by their sum
         where ``renormalize`` says so.
     ``"st_topk"``
-        the weights of ``"soft_topk"`` with the gradient of :math:`p`, which reaches the logits of
-        the experts that were left out too (straight-through, as if :math:`\partial w = \partial p`).
-        A layer must then know what those would have done, as `lora.RoutedLoraLinear` does; others
+        the weights of ``"soft_topk"`` with the gradient of :math:`p`, straight through: it reaches
+        the logits of the experts that were left out too. A layer must then know what those would have done, as `lora.RoutedLoraLinear` does; others
         give them no gradient.
     ``"hard"``
         one expert with weight 1, by label: the expert of the number in ``task_ids``; none for
