@@ -10,28 +10,20 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from enum import Enum
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
-from torch import nn
-
+from torch_routers.lora.checks import (
+    SCHEMA_VERSION,
+    as_dict,
+    as_list,
+    as_loss_config,
+    as_names,
+    check_config,
+)
 from torch_routers.losses import RouterLoss
-from torch_routers.presets import list_presets
-from torch_routers.registry import Configurable, check_choice, from_config, list_routers
 from torch_routers.routers import Router
 
 PEFT_TYPE = "ROUTED_LORA"
-
-#: Of a configuration in a file; a later one may mean what this code does not know.
-SCHEMA_VERSION = 1
-
-_CHOICES: dict[str, tuple[Any, ...]] = {
-    "init_lora_weights": (True, False, "normal"),
-    "router_scope": ("module", "block", "layer", "model"),
-    "router_input": ("token", "sequence", "task", "first_pass"),
-    "mode": (None, "hard", "soft", "soft_topk", "st_topk"),
-    "mix": ("product", "factors", "shared_a", "ranks"),
-    "layout": ("expert_major",),
-}
 
 
 @dataclass(frozen=True)
@@ -131,11 +123,9 @@ class RoutedLoraConfig:
     schema_version: int = SCHEMA_VERSION
 
     def __post_init__(self) -> None:
-        self._normalize()
-        self._check_numbers()
-        self._check_experts()
-        self._check_targets()
-        self._check_router()
+        self._set(self._as_plain_data())
+        self._set(self._defaults())
+        check_config(self)
 
     def experts(self) -> list[str]:
         """The names of the experts, in the order of the router."""
@@ -205,127 +195,48 @@ class RoutedLoraConfig:
             raise ValueError(f"RoutedLoraConfig: expected a JSON object, got {where}")
         return cls.from_dict(values)
 
-    # ---- checks ----------------------------------------------------------------------------------
+    # ----------------------------------------------------------------------------------------------
 
-    def _normalize(self) -> None:
-        """The same values as plain data, for JSON and for ==."""
-        router = self.router
-        if isinstance(router, type) and issubclass(router, Router):
-            router = router.__name__
-        arguments = self.router_arguments
-        if arguments is None:
-            arguments = {"top_k": 1 if self._expert_count() == 1 else 2}
-            arguments = arguments if router == "TopKRouter" else {}
-        if not isinstance(arguments, Mapping):
-            _fail("router_arguments", "a dict", arguments)
-        mode = arguments.get("mode") if self.mode is None else self.mode
-        losses = [_loss_config(loss) for loss in _listed("losses", self.losses)]
-        self._set(
-            router=router,
-            router_arguments=_plain("router_arguments", dict(arguments))
-            | ({} if mode is None else {"mode": mode}),
-            mode=mode,
-            losses=_plain("losses", losses),
-            num_experts=self._expert_count(),
-            rank_pattern=_plain("rank_pattern", dict(self.rank_pattern or {})),
-            alpha_pattern=_plain("alpha_pattern", dict(self.alpha_pattern or {})),
-        )
-        if isinstance(self.task_type, Enum):
-            self._set(task_type=self.task_type.value)
-        for name in ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save"):
-            value = getattr(self, name)
-            if value is not None and not isinstance(value, str):
-                in_order = sorted(value) if isinstance(value, (set, frozenset)) else value
-                self._set(**{name: _strings(name, in_order)})
+    def _as_plain_data(self) -> dict[str, Any]:
+        """Fields that may be given as more than what JSON gives back, as that."""
+        plain: dict[str, Any] = {
+            "losses": [as_loss_config(loss) for loss in as_list("losses", self.losses)]
+        }
         for name in ("expert_names", "ranks", "layers_to_transform"):
             value = getattr(self, name)
-            if value is not None and not isinstance(value, int):
-                self._set(**{name: _listed(name, value)})
+            may_be_one = name == "layers_to_transform" and isinstance(value, int)
+            if value is not None and not may_be_one:
+                plain[name] = as_list(name, value)
+        for name in ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save"):
+            value = getattr(self, name)
+            may_be_one = name != "modules_to_save" and isinstance(value, str)
+            if value is not None and not may_be_one:
+                plain[name] = as_names(name, value)
+        for name in ("rank_pattern", "alpha_pattern"):
+            plain[name] = as_dict(name, getattr(self, name) or {})
+        if isinstance(self.task_type, Enum):
+            plain["task_type"] = self.task_type.value
+        if isinstance(self.router, type) and issubclass(self.router, Router):
+            plain["router"] = self.router.__name__
+        return plain
 
-    def _expert_count(self) -> int:
-        if self.num_experts is not None:
-            return self.num_experts
-        names = self.ranks if self.expert_names is None else self.expert_names
-        return 4 if names is None else len(names)
+    def _defaults(self) -> dict[str, Any]:
+        """Fields whose defaults follow from others."""
+        count, arguments = self.num_experts, self.router_arguments
+        if count is None:
+            of_experts = self.ranks if self.expert_names is None else self.expert_names
+            count = 4 if of_experts is None else len(of_experts)
+        if arguments is None:
+            arguments = {"top_k": 1 if count == 1 else 2} if self.router == "TopKRouter" else {}
+        arguments = as_dict("router_arguments", arguments)
+        mode = arguments.get("mode") if self.mode is None else self.mode
+        if mode is not None:
+            arguments["mode"] = mode
+        return {"num_experts": count, "router_arguments": arguments, "mode": mode}
 
-    def _set(self, **values: Any) -> None:
+    def _set(self, values: Mapping[str, Any]) -> None:
         for name, value in values.items():
             object.__setattr__(self, name, value)
-
-    def _check_numbers(self) -> None:
-        for name in ("r", "num_experts", "task_embedding_size"):
-            _check_integer(name, getattr(self, name), 1)
-        if not _is_number(self.lora_alpha):
-            _fail("lora_alpha", "a number", self.lora_alpha)
-        if not (_is_number(self.lora_dropout) and 0 <= self.lora_dropout < 1):
-            _fail("lora_dropout", "in [0, 1)", self.lora_dropout)
-        for name in ("use_rslora", "fan_in_fan_out", "inference_mode"):
-            if not isinstance(getattr(self, name), bool):
-                _fail(name, "True or False", getattr(self, name))
-        for name, choices in _CHOICES.items():
-            check_choice("RoutedLoraConfig", name, getattr(self, name), choices)
-        if self.bias != "none":
-            _fail("bias", "'none'", self.bias, "Biases of base layers are not trained")
-        if self.schema_version != SCHEMA_VERSION:
-            _fail(
-                "schema_version",
-                str(SCHEMA_VERSION),
-                self.schema_version,
-                "It is of another version of torch-routers",
-            )
-
-    def _check_experts(self) -> None:
-        count = self.num_experts
-        for name, of_experts in ("expert_names", self.expert_names), ("ranks", self.ranks):
-            if of_experts is not None and len(of_experts) != count:
-                _fail(name, f"for num_experts={count} experts", of_experts)
-        for rank in self.ranks or ():
-            _check_integer("ranks", rank, 0)
-        for name in self.expert_names or ():
-            if not (isinstance(name, str) and name and "." not in name):
-                _fail("expert_names", "names without dots", self.expert_names)
-            if hasattr(nn.ModuleDict(), name):
-                _fail("expert_names", "other than attributes of nn.ModuleDict", name)
-        if len(set(self.expert_names or ())) < len(self.expert_names or ()):
-            _fail("expert_names", "distinct", self.expert_names)
-        for name in ("rank_pattern", "alpha_pattern"):
-            for pattern, value in getattr(self, name).items():
-                _check_regex(name, pattern)
-                if isinstance(value, list) and len(value) != count:
-                    _fail(name, f"with num_experts={count} values in a list", value)
-                for number in value if isinstance(value, list) else [value]:
-                    if name == "rank_pattern":
-                        _check_integer(name, number, 0)
-                    elif not _is_number(number):
-                        _fail(name, "with numbers", number)
-
-    def _check_targets(self) -> None:
-        for name in ("target_modules", "exclude_modules"):
-            if isinstance(getattr(self, name), str):
-                _check_regex(name, getattr(self, name))
-        layers = self.layers_to_transform
-        for layer in layers if isinstance(layers, list) else [] if layers is None else [layers]:
-            _check_integer("layers_to_transform", layer, 0)
-        patterns = self.layers_pattern
-        for pattern in [patterns] if isinstance(patterns, str) else patterns or ():
-            _check_regex("layers_pattern", pattern)
-        if isinstance(self.target_modules, str):
-            for name in ("layers_to_transform", "layers_pattern"):
-                if getattr(self, name) is not None:
-                    _fail(name, "with a list of target_modules alone", getattr(self, name))
-        if patterns and layers is None:
-            _fail("layers_pattern", "with layers_to_transform alone", patterns)
-
-    def _check_router(self) -> None:
-        check_choice("RoutedLoraConfig", "router", self.router, [*list_routers(), *list_presets()])
-        taken = {"hidden_size", "num_experts", "losses"} & set(self.router_arguments)
-        if taken:
-            _fail("router_arguments", "without sizes and losses", sorted(taken))
-        if self.router_input == "task":
-            _check_integer("num_tasks", self.num_tasks, 1)
-
-
-# ---- values --------------------------------------------------------------------------------------
 
 
 def pattern_for(patterns: Iterable[str], module_name: str) -> str | None:
@@ -337,57 +248,3 @@ def _of_expert(patterns: Mapping[str, Any], module_name: str, expert: int, defau
     pattern = pattern_for(patterns, module_name)
     value = default if pattern is None else patterns[pattern]
     return value[expert] if isinstance(value, list) else value
-
-
-def _fail(name: str, condition: str, value: Any, remedy: str = "") -> NoReturn:
-    end = f". {remedy}" if remedy else ""
-    raise ValueError(f"RoutedLoraConfig: expected {name} {condition}, got {value!r}{end}")
-
-
-def _is_number(value: Any) -> bool:
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return is_number and math.isfinite(value)
-
-
-def _check_integer(name: str, value: Any, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        _fail(name, f">= {least}", value)
-
-
-def _check_regex(name: str, pattern: str) -> None:
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        _fail(name, "a regular expression", pattern, str(error))
-
-
-def _listed(name: str, value: Any) -> list[Any]:
-    if isinstance(value, (str, Mapping)) or not isinstance(value, Iterable):
-        _fail(name, "a list", value)
-    return list(value)
-
-
-def _strings(name: str, value: Any) -> list[str]:
-    if not all(isinstance(item, str) for item in _listed(name, value)):
-        _fail(name, "a list of names", value)
-    return list(value)
-
-
-def _loss_config(loss: Any) -> dict[str, Any]:
-    """Plain data from which the loss can be built; it is, to see that."""
-    if isinstance(loss, RouterLoss):
-        return loss.config()
-    if not isinstance(from_config(loss), RouterLoss):
-        _fail("losses", "with losses or their configurations", loss)
-    return loss
-
-
-def _plain(name: str, value: Any) -> Any:
-    """As JSON would give it back."""
-
-    def configuration(item: Any) -> dict[str, Any]:
-        if isinstance(item, Configurable):
-            return item.config()
-        _fail(name, "with numbers, strings, lists and configurations", item)
-
-    return json.loads(json.dumps(value, default=configuration))
