@@ -172,7 +172,7 @@ class RoutedLoraConfig:
 
     def to_json(self, path: str | Path | None = None) -> str:
         """JSON, and a file of it where there is a path."""
-        text = json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
+        text = json.dumps(self.to_dict(), indent=2) + "\n"
         if path is not None:
             Path(path).write_text(text, encoding="utf-8")
         return text
