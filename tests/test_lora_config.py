@@ -156,6 +156,15 @@ def test_what_is_given_may_have_other_types():
     assert RoutedLoraConfig.from_json(config.to_json()) == config
 
 
+def test_the_first_pattern_that_matches_counts_in_files_too():
+    patterns = {"z": 1, "a": 2, r".*\.z": 3, ".*": 4}
+    config = RoutedLoraConfig(rank_pattern=patterns)
+    for read in config, RoutedLoraConfig.from_json(config.to_json()):
+        names = ["z", "b.z", "a", "c"]
+        assert [read.rank_of(name, 0) for name in names] == [1, 1, 2, 4]
+        assert list(read.rank_pattern) == list(patterns)
+
+
 def test_mode_is_an_argument_of_the_router():
     config = RoutedLoraConfig(router_arguments={"top_k": 3, "mode": "soft"})
     assert config.mode == "soft"

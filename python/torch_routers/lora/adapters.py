@@ -205,8 +205,8 @@ def _check_kind(config: dict[str, Any], folder: Path) -> None:
     if isinstance(init, str) and init.lower().startswith(_OF_ANOTHER_BASE):
         _refuse(
             folder,
-            f"a LoRA of the base model as it was, got init_lora_weights={init!r}, which changes it. "
-            "Save it with path_initial_model_for_weight_conversion",
+            f"a LoRA of a base model that is not changed, got init_lora_weights={init!r}, which "
+            "does. Save it with path_initial_model_for_weight_conversion",
         )
     for name in ("r", "lora_alpha"):
         if name not in config:
