@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import sys
+import types
 import warnings
 
 import pytest
@@ -380,6 +381,14 @@ def test_without_safetensors_the_error_says_what_to_install(tmp_path, monkeypatc
             function(injected(), tmp_path)
 
 
+def test_models_without_memory(tmp_path):
+    save_adapter(injected(), tmp_path)
+    model = tiny_lm().to("meta")
+    with pytest.raises(ValueError, match="load_adapter: expected a model with memory, got layers"):
+        load_adapter(model, tmp_path)
+    assert not layers_of(model)
+
+
 def test_unknown_fields_are_warned_of(tmp_path):
     folder = changed(tmp_path / "mix", lambda t: None, colour="blue", base_model_name_or_path="a")
     with pytest.warns(UserWarning, match=r"\['colour'\]"):
@@ -544,11 +553,26 @@ def test_adapters_of_other_models_are_refused(peft, tmp_path):
     assert not layers_of(model) and all(p.requires_grad for p in model.parameters())
 
 
+def test_another_name_of_the_base_model_is_warned_of(peft, tmp_path):
+    peft_folder(peft, tmp_path, r=2)
+    config = json.loads((tmp_path / CONFIG).read_text()) | {"base_model_name_or_path": "a"}
+    (tmp_path / CONFIG).write_text(json.dumps(config))
+    model = tiny_lm()
+    model.config = types.SimpleNamespace(_name_or_path="b")
+    with pytest.warns(UserWarning, match=f"expected an adapter of 'b', got .* 'a' in {tmp_path}"):
+        from_adapters(model, {"sql": tmp_path}, router="SoftRouter")
+    export_expert(model, "sql", tmp_path)
+    assert json.loads((tmp_path / CONFIG).read_text())["base_model_name_or_path"] == "b"
+
+
 def test_factors_that_do_not_fit_their_configuration(peft, tmp_path):
     peft_folder(peft, tmp_path, r=2)
     config = json.loads((tmp_path / CONFIG).read_text())
     (tmp_path / CONFIG).write_text(json.dumps(config | {"r": 3}))
     with pytest.raises(ValueError, match=r"expected factors of rank 3 of \S+, got \[2, 16\]"):
+        read_peft_adapter(tmp_path)
+    (tmp_path / CONFIG).write_text(json.dumps(config | {"lora_alpha": "high"}))
+    with pytest.raises(ValueError, match=f"got others .*lora_alpha.*'high'.* in {tmp_path}"):
         read_peft_adapter(tmp_path)
     (tmp_path / CONFIG).write_text(json.dumps(config))
     tensors = load_file(tmp_path / WEIGHTS)
