@@ -223,11 +223,13 @@ def test_saving_again_replaces_the_files_and_leaves_others(tmp_path):
     folder = tmp_path / "a" / "mix"
     save_adapter(injected(), folder)
     (folder / "README.md").write_text("mine")
+    old = (folder / WEIGHTS).read_bytes()
+    os.link(folder / WEIGHTS, tmp_path / "old")  # whoever reads the old file goes on with it
     model, other = injected(seed=3), tiny_lm().eval()
     save_adapter(model, folder)
     load_adapter(other, folder)
     assert same(model, other) and (folder / "README.md").read_text() == "mine"
-    assert os.listdir(tmp_path / "a") == ["mix"]
+    assert os.listdir(tmp_path / "a") == ["mix"] and (tmp_path / "old").read_bytes() == old
     save_adapter(model, str(folder))
 
 
@@ -476,21 +478,22 @@ class Nested(nn.Module):
     def __init__(self):
         super().__init__()
         torch.manual_seed(0)
-        self.up, self.inner = nn.Linear(6, 6), nn.ModuleDict({"up": nn.Linear(6, 6)})
+        self.up = nn.Linear(6, 6)
+        self.inner, self.last = (nn.ModuleDict({"up": nn.Linear(6, 6)}) for _ in range(2))
 
     def forward(self, x):
-        return self.inner["up"](self.up(x).tanh())
+        return self.last["up"](self.inner["up"](self.up(x).tanh()).tanh())
 
 
 def test_names_that_end_like_others(peft, tmp_path):
     x, expected = torch.randn(5, 6), {}
-    options = {"outer": "up", "inner": r"inner\.up", "both": ["up"]}
+    options = {"outer": "up", "inner": r".+\.up", "all": ["up"]}
     for rank, (name, targets) in enumerate(options.items(), 2):
         lora = peft.LoraConfig(r=rank, target_modules=targets, init_lora_weights=False)
         model = peft.get_peft_model(Nested(), lora)
         model.save_pretrained(tmp_path / name)
         expected[name] = model(x)
-    for names in ["outer"], ["inner"], ["both"], list(options):
+    for names in ["outer"], ["inner"], ["all"], list(options):
         model = Nested()
         from_adapters(model, {name: tmp_path / name for name in names}, router="SoftRouter")
         for name in names:
