@@ -721,7 +721,7 @@ def test_layers_with_transposed_weights(peft, tmp_path):
 
     model, ids = gpt2(), torch.randint(9, (2, 4))
     options = {"router": "Constant", "router_arguments": {}, "losses": []}
-    tr.lora.inject(model, config(target_modules=["c_attn", "mlp.c_proj"], **options))
+    tr.lora.inject(model, config(target_modules=["c_attn", "c_proj"], **options))
     expected = model(ids).logits
     assert not torch.allclose(expected, gpt2()(ids).logits, atol=1e-3)
     collapse_to_lora(model, [-0.25, 0.25, 0.75]).save_pretrained(tmp_path)
