@@ -89,7 +89,6 @@ FULL = {
     "router_scope": "block",
     "router_input": "task",
     "num_tasks": 5,
-    "mix": "factors",
     "losses": [tr.losses.LoadBalanceLoss(1e-2), {"class": "ZLoss", "weight": 1e-3}],
 }
 
@@ -278,6 +277,18 @@ def test_nothing_to_match():
     for nothing in None, []:
         with pytest.raises(ValueError, match="match_modules: expected target_modules, got"):
             matched(decoder(), target_modules=nothing)
+
+
+def test_the_first_number_in_a_name_is_that_of_the_layer():
+    model = decoder()
+    first = [f"model.layers.1.mlp.experts.{e}.up_proj" for e in range(2)]
+    for pattern in None, "layers", ["h", "layers"]:
+        options = {"layers_to_transform": 1, "layers_pattern": pattern}
+        assert matched(model, target_modules=["up_proj"], **options) == first
+    nested = model_of(h__1__h__2__q=nn.Linear(2, 2), h__2__h__1__q=nn.Linear(2, 2))
+    options = {"layers_to_transform": [2], "layers_pattern": "h"}
+    assert matched(nested, target_modules=["q"], **options) == ["h.2.h.1.q"]
+    assert matched(nested, target_modules=["h.1.h.2.q"], **options) == ["h.1.h.2.q"]
 
 
 def test_the_report_says_what_was_hit():

@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import sys
+import types
 import warnings
 
 import pytest
@@ -222,11 +223,13 @@ def test_saving_again_replaces_the_files_and_leaves_others(tmp_path):
     folder = tmp_path / "a" / "mix"
     save_adapter(injected(), folder)
     (folder / "README.md").write_text("mine")
+    old = (folder / WEIGHTS).read_bytes()
+    os.link(folder / WEIGHTS, tmp_path / "old")  # whoever reads the old file goes on with it
     model, other = injected(seed=3), tiny_lm().eval()
     save_adapter(model, folder)
     load_adapter(other, folder)
     assert same(model, other) and (folder / "README.md").read_text() == "mine"
-    assert os.listdir(tmp_path / "a") == ["mix"]
+    assert os.listdir(tmp_path / "a") == ["mix"] and (tmp_path / "old").read_bytes() == old
     save_adapter(model, str(folder))
 
 
@@ -380,6 +383,14 @@ def test_without_safetensors_the_error_says_what_to_install(tmp_path, monkeypatc
             function(injected(), tmp_path)
 
 
+def test_models_without_memory(tmp_path):
+    save_adapter(injected(), tmp_path)
+    model = tiny_lm().to("meta")
+    with pytest.raises(ValueError, match="load_adapter: expected a model with memory, got layers"):
+        load_adapter(model, tmp_path)
+    assert not layers_of(model)
+
+
 def test_unknown_fields_are_warned_of(tmp_path):
     folder = changed(tmp_path / "mix", lambda t: None, colour="blue", base_model_name_or_path="a")
     with pytest.warns(UserWarning, match=r"\['colour'\]"):
@@ -467,21 +478,22 @@ class Nested(nn.Module):
     def __init__(self):
         super().__init__()
         torch.manual_seed(0)
-        self.up, self.inner = nn.Linear(6, 6), nn.ModuleDict({"up": nn.Linear(6, 6)})
+        self.up = nn.Linear(6, 6)
+        self.inner, self.last = (nn.ModuleDict({"up": nn.Linear(6, 6)}) for _ in range(2))
 
     def forward(self, x):
-        return self.inner["up"](self.up(x).tanh())
+        return self.last["up"](self.inner["up"](self.up(x).tanh()).tanh())
 
 
 def test_names_that_end_like_others(peft, tmp_path):
     x, expected = torch.randn(5, 6), {}
-    options = {"outer": "up", "inner": r"inner\.up", "both": ["up"]}
+    options = {"outer": "up", "inner": r".+\.up", "all": ["up"]}
     for rank, (name, targets) in enumerate(options.items(), 2):
         lora = peft.LoraConfig(r=rank, target_modules=targets, init_lora_weights=False)
         model = peft.get_peft_model(Nested(), lora)
         model.save_pretrained(tmp_path / name)
         expected[name] = model(x)
-    for names in ["outer"], ["inner"], ["both"], list(options):
+    for names in ["outer"], ["inner"], ["all"], list(options):
         model = Nested()
         from_adapters(model, {name: tmp_path / name for name in names}, router="SoftRouter")
         for name in names:
@@ -544,11 +556,26 @@ def test_adapters_of_other_models_are_refused(peft, tmp_path):
     assert not layers_of(model) and all(p.requires_grad for p in model.parameters())
 
 
+def test_another_name_of_the_base_model_is_warned_of(peft, tmp_path):
+    peft_folder(peft, tmp_path, r=2)
+    config = json.loads((tmp_path / CONFIG).read_text()) | {"base_model_name_or_path": "a"}
+    (tmp_path / CONFIG).write_text(json.dumps(config))
+    model = tiny_lm()
+    model.config = types.SimpleNamespace(_name_or_path="b")
+    with pytest.warns(UserWarning, match=f"expected an adapter of 'b', got .* 'a' in {tmp_path}"):
+        from_adapters(model, {"sql": tmp_path}, router="SoftRouter")
+    export_expert(model, "sql", tmp_path)
+    assert json.loads((tmp_path / CONFIG).read_text())["base_model_name_or_path"] == "b"
+
+
 def test_factors_that_do_not_fit_their_configuration(peft, tmp_path):
     peft_folder(peft, tmp_path, r=2)
     config = json.loads((tmp_path / CONFIG).read_text())
     (tmp_path / CONFIG).write_text(json.dumps(config | {"r": 3}))
     with pytest.raises(ValueError, match=r"expected factors of rank 3 of \S+, got \[2, 16\]"):
+        read_peft_adapter(tmp_path)
+    (tmp_path / CONFIG).write_text(json.dumps(config | {"lora_alpha": "high"}))
+    with pytest.raises(ValueError, match=f"got others .*lora_alpha.*'high'.* in {tmp_path}"):
         read_peft_adapter(tmp_path)
     (tmp_path / CONFIG).write_text(json.dumps(config))
     tensors = load_file(tmp_path / WEIGHTS)
@@ -694,7 +721,7 @@ def test_layers_with_transposed_weights(peft, tmp_path):
 
     model, ids = gpt2(), torch.randint(9, (2, 4))
     options = {"router": "Constant", "router_arguments": {}, "losses": []}
-    tr.lora.inject(model, config(target_modules=["c_attn", "mlp.c_proj"], **options))
+    tr.lora.inject(model, config(target_modules=["c_attn", "c_proj"], **options))
     expected = model(ids).logits
     assert not torch.allclose(expected, gpt2()(ids).logits, atol=1e-3)
     collapse_to_lora(model, [-0.25, 0.25, 0.75]).save_pretrained(tmp_path)

@@ -82,14 +82,7 @@ def read_peft_adapter(folder: str | Path) -> PeftAdapter:
     config = read_config("read_peft_adapter", folder)
     _check_kind(config, folder)
     tensors, _ = read_tensors("read_peft_adapter", folder)
-    rules = RoutedLoraConfig(
-        r=config["r"],
-        lora_alpha=config["lora_alpha"],
-        rank_pattern=config.get("rank_pattern"),
-        alpha_pattern=config.get("alpha_pattern"),
-        use_rslora=config.get("use_rslora", False),
-        num_experts=1,
-    )
+    rules = _rules(config, folder)
     layers, others = {}, {}
     for key, a in tensors.items():
         name, kind = _split(key)
@@ -144,6 +137,9 @@ def from_adapters(
         ValueError: an adapter that `read_peft_adapter` refuses, or that is of another model: a
             layer is missing, or of another size. The text names its folder.
         ImportError: safetensors is not installed; it comes with the extra ``lora``.
+
+    A warning says that the base model has another name, which need not mean that it is another,
+    and that an adapter has more than factors, such as a head, which is left out.
     """
     check_choice("from_adapters", "trainable", trainable, ("router", "all"))
     if not adapters:
@@ -211,6 +207,21 @@ def _check_kind(config: dict[str, Any], folder: Path) -> None:
     for name in ("r", "lora_alpha"):
         if name not in config:
             _refuse(folder, f"a configuration with {name}, got {sorted(config)}")
+
+
+def _rules(config: dict[str, Any], folder: Path) -> RoutedLoraConfig:
+    """What the configuration says about ranks and scalings."""
+    try:
+        return RoutedLoraConfig(
+            r=config["r"],
+            lora_alpha=config["lora_alpha"],
+            rank_pattern=config.get("rank_pattern"),
+            alpha_pattern=config.get("alpha_pattern"),
+            use_rslora=config.get("use_rslora", False),
+            num_experts=1,
+        )
+    except ValueError as error:
+        _refuse(folder, f"ranks and scalings of a LoRA, got others ({error})")
 
 
 def _split(key: str) -> tuple[str, str]:

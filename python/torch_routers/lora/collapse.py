@@ -87,6 +87,14 @@ def collapse_to_lora(
     Raises:
         ValueError: an unknown expert, another number of weights, all of them 0, or a ``rank`` with
             ``"cat"``.
+
+    >>> from torch_routers.lora import RoutedLoraConfig, inject
+    >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> config = RoutedLoraConfig(r=3, expert_names=["sql", "med"], target_modules=["0"])
+    >>> report = inject(model, config)
+    >>> lora = collapse_to_lora(model, {"sql": 0.5, "med": 0.5})
+    >>> lora.layers["0"].A.shape, lora.error
+    (torch.Size([6, 8]), 0.0)
     """
     check_choice("collapse_to_lora", "method", method, ("cat", "svd"))
     layers = layers_of(model, mix, "collapse_to_lora")
@@ -135,6 +143,18 @@ def export_expert(
     Raises:
         ValueError: there is no such expert, or its rank is 0 everywhere.
         ImportError: safetensors is not installed; it comes with the extra ``lora``.
+
+    >>> from tempfile import TemporaryDirectory
+    >>> from torch_routers.lora import RoutedLoraConfig, inject
+    >>> from torch_routers.lora.adapters import from_adapters
+    >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> config = RoutedLoraConfig(r=3, expert_names=["sql", "med"], target_modules=["0"])
+    >>> report = inject(model, config)
+    >>> with TemporaryDirectory() as folder:
+    ...     exported = export_expert(model, "sql", folder)
+    ...     report = from_adapters(model, {"sql": folder}, router="SoftRouter", mix="other")
+    >>> model[0].experts("other")
+    ['sql']
     """
     layers = layers_of(model, mix, "export_expert")
     known = next(iter(layers.values())).experts(mix)

@@ -47,6 +47,15 @@ def save_adapter(model: nn.Module, folder: str | Path, mix: str = "default") -> 
     Raises:
         ValueError: there is no such mixture.
         ImportError: safetensors is not installed; it comes with the extra ``lora``.
+
+    >>> from tempfile import TemporaryDirectory
+    >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> report = inject(model, RoutedLoraConfig(num_experts=3, target_modules=["0"]))
+    >>> with TemporaryDirectory() as folder:
+    ...     save_adapter(model, folder)
+    ...     config = load_adapter(model, folder, "a copy")
+    >>> sorted(model.routed_lora), config.experts()
+    (['a copy', 'default'], ['0', '1', '2'])
     """
     layers = layers_of(model, mix, "save_adapter")
     config = current_config(model, mix).to_dict()

@@ -33,6 +33,13 @@ def merge(model: nn.Module, mix: str = "default") -> nn.Module:
         MergeError: weights that depend on the input, a layer without weights of floating numbers,
             one whose weight another module has too, or a result that is not finite. The model is as
             before.
+
+    >>> from torch_routers.lora import RoutedLoraConfig, force, inject
+    >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> report = inject(model, RoutedLoraConfig(num_experts=3, target_modules=["0"]))
+    >>> with force(model, "1"):
+    ...     merge(model)[0]
+    Linear(in_features=8, out_features=8, bias=True)
     """
     layers = layers_of(model, mix, "merge")
     merged = {}
