@@ -284,7 +284,8 @@ def test_one_expert_is_lora():
                 there = name.replace(f"{ours}.default.0", f"{name_there}.default")
                 parameter.data.copy_(theirs[f"base_model.model.{there}"])
     ids, mask = batch()
-    assert_close(model(ids, mask), reference(ids, mask), atol=1e-6, rtol=1e-6)
+    real = mask.bool()  # padding has no experts here
+    assert_close(model(ids, mask)[real], reference(ids, mask)[real], atol=1e-6, rtol=1e-6)
 
 
 def test_forcing_an_expert_asks_no_router():
