@@ -285,10 +285,10 @@ def test_the_first_number_in_a_name_is_that_of_the_layer():
     for pattern in None, "layers", ["h", "layers"]:
         options = {"layers_to_transform": 1, "layers_pattern": pattern}
         assert matched(model, target_modules=["up_proj"], **options) == first
-    nested = model_of(h__1__h__2__q=nn.Linear(2, 2), h__2__h__1__q=nn.Linear(2, 2))
+    nested = model_of(m__h__1__h__2__q=nn.Linear(2, 2), m__h__2__h__1__q=nn.Linear(2, 2))
     options = {"layers_to_transform": [2], "layers_pattern": "h"}
-    assert matched(nested, target_modules=["q"], **options) == ["h.2.h.1.q"]
-    assert matched(nested, target_modules=["h.1.h.2.q"], **options) == ["h.1.h.2.q"]
+    assert matched(nested, target_modules=["q"], **options) == ["m.h.2.h.1.q"]
+    assert matched(nested, target_modules=["m.h.1.h.2.q"], **options) == ["m.h.1.h.2.q"]
 
 
 def test_the_report_says_what_was_hit():
