@@ -47,6 +47,26 @@ template <class T> struct LoraOuter : LoraRows {
   T* result;   // [ranks[experts], features]; 0 for an expert without rows
 };
 
+// On the calling thread: the rows, the tokens and the features [begin, end). The token and the expert
+// of each row are given, [rows]; those of rows behind the last expert's are not looked at.
+TORCH_ROUTERS_FOR_EACH_ISA(
+  template <class T>
+  void lora_mix(const LoraShrink<T>&, const std::int64_t* tokens, std::int64_t begin,
+                std::int64_t end);
+  template <class T>
+  void lora_mix(const LoraExpand<T>&, const std::int64_t* experts, std::int64_t begin,
+                std::int64_t end);
+  template <class T>
+  void lora_mix(const LoraOuter<T>&, const std::int64_t* tokens, std::int64_t begin,
+                std::int64_t end);
+)
+
+template <class Params>
+void lora_mix_cpu(const Params& params, const std::int64_t* of_row, std::int64_t begin,
+                  std::int64_t end) {
+  TORCH_ROUTERS_PICK_ISA(isa(), lora_mix(params, of_row, begin, end));
+}
+
 // All of it, queued on `stream` (a cudaStream_t) of the current device.
 template <class T> void lora_mix_cuda(const LoraShrink<T>&, void* stream);
 template <class T> void lora_mix_cuda(const LoraExpand<T>&, void* stream);
