@@ -1,10 +1,7 @@
-// Tiles of matrix products on the CPU, in two orders of summation:
-//
-//   dot        a running sum per lane of a block, over the terms, then a tree over the lanes
-//   broadcast  a running sum per result, restarted every kDepth terms and added up
-//
-// Both orders are fixed by the number of terms alone: the same bits on every instruction set, and for
-// a row whatever the other rows are. Sums are in Compute<T>, rounded once.
+// Vectors of one size for matrix products on the CPU, and the tile of a product of rows with rows:
+// a running sum per lane of a block, over the terms, then a tree over the lanes. That order is fixed
+// by the number of terms alone: the same bits on every instruction set, and for a row whatever the
+// other rows are. Sums are in Compute<T>, rounded once.
 #pragma once
 
 #include "common/scalar.h"
@@ -17,7 +14,6 @@ namespace torch_routers {
 constexpr int kBlockBytes = 64, kParts = kBlockBytes / kVectorBytes;
 constexpr int kTileRows = kVectorBytes == 64 ? 4 : kVectorBytes == 32 ? 2 : 1;
 constexpr int kTileColumns = kVectorBytes == 64 ? 4 : 2;
-constexpr std::int64_t kDepth = 512;
 
 template <class C> struct Block {
   Vector<C> part[kParts];
@@ -96,8 +92,6 @@ template <class C> static inline void add(Block<C>& to, const Block<C>& block) {
   for (int p = 0; p < kParts; ++p) to.part[p] += block.part[p];
 }
 
-// ---- dot ---------------------------------------------------------------------------------------
-
 // The two-source shuffles that pair the halves of running sums: of groups of 2 * half lanes the
 // lower halves, or the upper ones.
 template <class C, int half> static inline Vector<C> halves(Vector<C> a, Vector<C> b, bool upper) {
@@ -170,61 +164,6 @@ static inline void dot_tile(const T* const* x, const T* w, std::int64_t w_stride
   for (int i = 0; i < rows; ++i)
     for (int j = 0; j < columns; ++j)
       store(y + i * y_stride + j, results[i * columns + j] + offset[j]);
-}
-
-// ---- broadcast ---------------------------------------------------------------------------------
-
-// c[i][j] = sum_k a[i][k] b[k][j] + bias[j], for `rows` rows and `blocks` blocks of columns; of the
-// last block only `size` columns. b(k) is where the columns of term k are.
-template <int rows, int blocks, class T, class Terms>
-static inline void broadcast_tile(const T* a, std::int64_t a_row, std::int64_t a_term,
-                                  const Terms& b, std::int64_t depth, const T* bias, T* c,
-                                  std::int64_t c_row, std::int64_t size) {
-  using C = Compute<T>;
-  constexpr int kSize = kBlockSize<T>;
-  const auto sum_of = [&](std::int64_t begin, std::int64_t end, Block<C>(&sum)[rows][blocks]) {
-    const auto add_term = [&](std::int64_t k, const auto& load_terms) {
-      const T* from = b(k);
-      Block<C> terms[blocks];
-#pragma GCC unroll 4
-      for (int j = 0; j < blocks; ++j) terms[j] = load_terms(from + j * kSize);
-#pragma GCC unroll 4
-      for (int i = 0; i < rows; ++i) {
-        const C factor = load(a[i * a_row + k * a_term]);
-#pragma GCC unroll 4
-        for (int j = 0; j < blocks; ++j)
-#pragma GCC unroll 4
-          for (int p = 0; p < kParts; ++p) sum[i][j].part[p] += factor * terms[j].part[p];
-      }
-    };
-    std::int64_t k = begin;
-    if (blocks == 1 && size < kSize)
-      for (; k < end; ++k) add_term(k, [&](const T* part) { return load_block(part, size); });
-    for (; k < end; ++k) add_term(k, [&](const T* part) { return load_block(part); });
-  };
-  Block<C> total[rows][blocks] = {};
-  sum_of(0, depth < kDepth ? depth : kDepth, total);
-  for (std::int64_t begin = kDepth; begin < depth; begin += kDepth) {
-    Block<C> sum[rows][blocks] = {};
-    sum_of(begin, depth - begin < kDepth ? depth : begin + kDepth, sum);
-    for (int i = 0; i < rows; ++i)
-      for (int j = 0; j < blocks; ++j) add(total[i][j], sum[i][j]);
-  }
-#pragma GCC unroll 4
-  for (int j = 0; j < blocks; ++j) {
-    const bool whole = blocks > 1 || size == kSize;
-    Block<C> offset = {};
-    if (bias) offset = whole ? load_block(bias + j * kSize) : load_block(bias, size);
-#pragma GCC unroll 4
-    for (int i = 0; i < rows; ++i) {
-      T* to = c + i * c_row + j * kSize;
-      add(total[i][j], offset);
-      if (whole)
-        store_block(to, total[i][j]);
-      else
-        store_block(to, total[i][j], size);
-    }
-  }
 }
 
 }  // namespace torch_routers

@@ -6,6 +6,8 @@ namespace {
 
 using std::int64_t;
 
+constexpr int64_t kDepth = 512;
+
 // The outputs [begin, end) of `rows` rows. A few rows of the weight stay in the cache while all rows
 // of x pass.
 template <class T>
@@ -31,14 +33,64 @@ void dot(const GroupedLinear<T>& p, const T* x, int64_t rows, const T* w, const 
 
 // ---- broadcast ---------------------------------------------------------------------------------
 
+// c[i][j] = sum_k a[i][k] b[k][j] + bias[j], for `rows` rows and `blocks` blocks of columns; of the
+// last block only `size` columns.
+template <int rows, int blocks, class T>
+inline void broadcast_tile(const T* a, int64_t a_row, int64_t a_term, const T* b, int64_t b_term,
+                           int64_t depth, const T* bias, T* c, int64_t c_row, int64_t size) {
+  using C = Compute<T>;
+  constexpr int kSize = kBlockSize<T>;
+  const auto sum_of = [&](int64_t begin, int64_t end, Block<C>(&sum)[rows][blocks]) {
+    const auto add_term = [&](int64_t k, const auto& load_terms) {
+      Block<C> terms[blocks];
+#pragma GCC unroll 4
+      for (int j = 0; j < blocks; ++j) terms[j] = load_terms(b + k * b_term + j * kSize);
+#pragma GCC unroll 4
+      for (int i = 0; i < rows; ++i) {
+        const C factor = load(a[i * a_row + k * a_term]);
+#pragma GCC unroll 4
+        for (int j = 0; j < blocks; ++j)
+#pragma GCC unroll 4
+          for (int p = 0; p < kParts; ++p) sum[i][j].part[p] += factor * terms[j].part[p];
+      }
+    };
+    int64_t k = begin;
+    if (blocks == 1 && size < kSize)
+      for (; k < end; ++k) add_term(k, [&](const T* from) { return load_block(from, size); });
+    for (; k < end; ++k) add_term(k, [&](const T* from) { return load_block(from); });
+  };
+  Block<C> total[rows][blocks] = {};
+  sum_of(0, depth < kDepth ? depth : kDepth, total);
+  for (int64_t begin = kDepth; begin < depth; begin += kDepth) {
+    Block<C> sum[rows][blocks] = {};
+    sum_of(begin, depth - begin < kDepth ? depth : begin + kDepth, sum);
+    for (int i = 0; i < rows; ++i)
+      for (int j = 0; j < blocks; ++j) add(total[i][j], sum[i][j]);
+  }
+#pragma GCC unroll 4
+  for (int j = 0; j < blocks; ++j) {
+    const bool whole = blocks > 1 || size == kSize;
+    Block<C> offset = {};
+    if (bias) offset = whole ? load_block(bias + j * kSize) : load_block(bias, size);
+#pragma GCC unroll 4
+    for (int i = 0; i < rows; ++i) {
+      T* to = c + i * c_row + j * kSize;
+      add(total[i][j], offset);
+      if (whole)
+        store_block(to, total[i][j]);
+      else
+        store_block(to, total[i][j], size);
+    }
+  }
+}
+
 // All columns [0, columns) of `rows` rows. A few columns of b stay in the cache while all rows pass.
 template <class T>
 void broadcast(const T* a, int64_t a_row, int64_t a_term, int64_t rows, const T* b, int64_t b_term,
                int64_t depth, const T* bias, T* c, int64_t c_row, int64_t columns) {
   const auto column = [&]<int blocks>(int64_t j, int64_t size) {
     const auto tile = [&]<int tile_rows>(int64_t i) {
-      const auto terms = [=](int64_t k) { return b + k * b_term + j; };
-      broadcast_tile<tile_rows, blocks>(a + i * a_row, a_row, a_term, terms, depth,
+      broadcast_tile<tile_rows, blocks>(a + i * a_row, a_row, a_term, b + j, b_term, depth,
                                         bias ? bias + j : nullptr, c + i * c_row + j, c_row, size);
     };
     int64_t i = 0;
