@@ -23,7 +23,7 @@ class _Way:
 
     def _stacked(self, factors, dim, dtype):
         """Those of all experts side by side: the ranks are rows (0) or columns (1) of a factor."""
-        some = [factor for factor, rank in zip(factors, self.ranks) if rank]
+        some = [x for x, rank in zip(factors, self.ranks) if x.shape[dim] == rank]
         return torch.cat(some or [factors[0].narrow(dim, 0, 0)], dim).to(dtype)
 
     def split(self, stacked, factors, dim):
@@ -84,7 +84,7 @@ class Stacked(_Way):
                 products = u.where(chosen, u.nan_to_num(0, 0, 0)) * v
             else:
                 products = torch.where(chosen, u * v, 0)
-            grad_gates = torch.zeros_like(gates).index_add_(1, self.tensor, products)
+            grad_gates = torch.zeros_like(gates).index_add(1, self.tensor, products)
         if needs.x or needs.a:
             grad_u = torch.where(chosen, v * of_ranks, 0).to(x.dtype)
             if needs.x:

@@ -4,16 +4,20 @@ from cases.op_case import Error, OpCase, Sample, seeded
 from torch_routers import ops
 
 
-def reference(x, a, b, weights, indices=None, *, ranks, scaling=None, **_):
-    experts = torch.arange(len(ranks)).expand(weights.shape) if indices is None else indices
+def reference(x, a, b, weights, indices=None, *, ranks, scaling=None, router_grad="selected", **_):
     tokens = x.flatten(0, -2) if x.dim() > 1 else x[None]
+    weights = weights.reshape(len(tokens), weights.shape[-1])
+    if indices is None:
+        indices = torch.arange(len(ranks)).expand(weights.shape)
+        if router_grad == "selected":
+            indices = indices.where(weights != 0, -1)
     rows = []
-    for t, token in enumerate(tokens):
+    for token, of_slots, experts in zip(tokens, weights, indices.reshape(weights.shape).tolist()):
         y = token.new_zeros(b.shape[1])
-        for s, e in enumerate(experts.reshape(len(tokens), -1)[t].tolist()):
+        for weight, e in zip(of_slots, experts):
             if e >= 0:
-                weight = weights.reshape(len(tokens), -1)[t, s] * (scaling[e] if scaling else 1)
-                y = y + weight * (b[e, :, : ranks[e]] @ (a[e, : ranks[e]] @ token))
+                factor_a, factor_b = a[e, : ranks[e]], b[e, :, : ranks[e]]
+                y = y + weight * (scaling[e] if scaling else 1) * (factor_b @ (factor_a @ token))
         rows.append(y)
     y = torch.stack(rows) if rows else x.new_zeros(0, b.shape[1])
     return {"y": y.view(*x.shape[:-1], b.shape[1])}
@@ -50,12 +54,13 @@ def top_two(tokens, experts):
 def samples():
     scaled = {"scaling": [0.5, 2.0, 3.0]}
     some = [[0, 2], [-1, 0], [2, 1]]
+    some_zeros = torch.tensor([[0.5, 0, 0.2], [0, 0, 0], [0, 1.5, 0]], dtype=torch.float64)
     for strategy in "segmented", "stacked":
         way = {"strategy": strategy}
         yield sample(f"{strategy}", (3,), [2, 0, 1], some, smooth=True, **way, **scaled)
         yield sample(f"{strategy}, of all experts", (2,), [1, 2], smooth=True, **way)
-        yield sample(f"{strategy}, some weights 0", (3,), [2, 3, 1], **way, **scaled,
-                     weights=torch.tensor([[0.5, 0, 0.2], [0, 0, 0], [0, 1.5, 0]]).double())  # fmt: skip
+        yield sample(f"{strategy}, some weights 0", (3,), [2, 3, 1], weights=some_zeros,
+                     **way, **scaled)  # fmt: skip
         yield sample(f"{strategy}, an expert twice", (2,), [2, 1], [[1, 1], [0, 1]], **way)
         yield sample(f"{strategy}, empty slots", (2,), [2, 1], [[-1, -1], [-1, -1]], **way)
         yield sample(f"{strategy}, one expert", (2,), [3], [[0], [0]], **way)
