@@ -206,18 +206,22 @@ def _forward_levels() -> int:
     return sum(level.key() == torch._C._functorch.TransformType.Jvp for level in stack)
 
 
-def _is_plain_eager(inputs) -> bool:
-    """No autocast, transform, mode or tracer that wants to see the op; no unusual inputs.
+def is_unobserved(inputs) -> bool:
+    """No transform, mode or tracer that wants to see what is called; no unusual inputs.
 
     Unusual are subclasses, symbolic sizes and lists of tensors.
     """
     return not (
-        _is_any_autocast_enabled()
-        or _are_functorch_transforms_active()
+        _are_functorch_transforms_active()
         or _len_torch_dispatch_stack()
         or _len_torch_function_stack()
         or _get_tracing_state() is not None
     ) and _PLAIN.issuperset(map(type, inputs))
+
+
+def _is_plain_eager(inputs) -> bool:
+    """Nor autocast, which wants to see the op too."""
+    return not _is_any_autocast_enabled() and is_unobserved(inputs)
 
 
 def _autocast(x, dtype):
