@@ -1,0 +1,55 @@
+// What a sparse mixture of low-rank experts is made of. Tokens meet the experts that a plan gives
+// them (see expert_plan_kernel.h); expert e has the rows [ranks[e], ranks[e + 1]) of a weight, its
+// rank being their number, at most max_rank. For row r of the plan, of token t and expert e:
+//
+//   shrink   z[r][j] = <weight[ranks[e] + j], x[t]>                     0 for j >= the rank of e
+//   expand   y[t]    = sum over slots of t, j   z[r][j] weight[ranks[e] + j]
+//   outer    result[ranks[e] + j] = sum over the rows r of e   z[r][j] x[t]
+//
+// The gradients of each are the other two. A mixture is shrink by A, a product with the combine
+// weights, and expand by the transposed B; neither x nor y is ever copied once per slot.
+//
+// Rows behind the last expert's have no token: shrink makes them 0, the others do not read them.
+// Sums are in Compute<T>, rounded once, in an order that the sizes alone fix: those of expand go by
+// slot, then by j; those of outer by row.
+#pragma once
+
+#include <cstdint>
+
+#include "common/isa.h"
+#include "common/scalar.h"
+
+namespace torch_routers {
+
+struct LoraRows {
+  std::int64_t tokens, slots, experts, rows, features, max_rank;
+  const std::int64_t* order;    // [rows]: token * slots + slot; -1: none
+  const std::int64_t* inverse;  // [tokens, slots]: the row; -1: none
+  const std::int64_t* offsets;  // [experts + 1]: the rows of each expert
+  const std::int64_t* ranks;    // [experts + 1]: its rows of the weight
+};
+
+template <class T> struct LoraShrink : LoraRows {
+  const T* x;       // [tokens, features]
+  const T* weight;  // [ranks[experts], features]
+  T* z;             // [rows, max_rank]
+};
+
+template <class T> struct LoraExpand : LoraRows {
+  const T* z;       // [rows, max_rank]
+  const T* weight;  // [ranks[experts], features]
+  T* y;             // [tokens, features]; 0 for a token without rows
+};
+
+template <class T> struct LoraOuter : LoraRows {
+  const T* z;  // [rows, max_rank]
+  const T* x;  // [tokens, features]
+  T* result;   // [ranks[experts], features]; 0 for an expert without rows
+};
+
+// All of it, queued on `stream` (a cudaStream_t) of the current device.
+template <class T> void lora_mix_cuda(const LoraShrink<T>&, void* stream);
+template <class T> void lora_mix_cuda(const LoraExpand<T>&, void* stream);
+template <class T> void lora_mix_cuda(const LoraOuter<T>&, void* stream);
+
+}  // namespace torch_routers
