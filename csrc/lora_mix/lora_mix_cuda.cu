@@ -4,7 +4,8 @@
 // Where rows begin at multiples of 16 bytes packs are moved, else elements. Not run on a GPU yet.
 //
 // Nobody has checked the values of order, inverse and offsets. A row without a possible slot has no
-// token, a slot without a possible row adds nothing, an offset counts as one in [0, rows], the first as 0.
+// token, a slot without a possible row adds nothing; the first offset counts as 0, the others as
+// numbers in [0, rows].
 #include "common/cuda.cuh"
 #include "lora_mix/lora_mix_kernel.h"
 
@@ -80,6 +81,11 @@ __device__ void store_numbers(T* to, const Numbers<T, kPack>& numbers) {
   store_pack(to, pack);
 }
 
+// Where in a row the pack of this lane begins. (Of 32 bits: nvcc then sees that it is aligned.)
+template <int kPack> __device__ int64_t own_pack(int64_t chunk) {
+  return int64_t{static_cast<unsigned>(chunk) * kWarp + lane()} * kPack;
+}
+
 // ---- shrink ------------------------------------------------------------------------------------
 
 constexpr int kRowsOfWarp = 4, kRowsOfTile = kWarps * kRowsOfWarp;
@@ -91,8 +97,8 @@ __device__ int64_t first_tile(const LoraRows& p, int64_t expert) {
 }
 int64_t tiles_of(const LoraRows& p) { return p.rows / kRowsOfTile + p.experts + 1; }
 
-// Each value summed over the lanes; lane l is left with those of the values
-// [l, l + 1) * kSize / kWarp, in the first places.
+// Each value summed over the lanes; lane l gets the sums of the values [l, l + 1) * kSize / kWarp, in
+// the first places.
 template <int kSize, class C> __device__ void sum_over_lanes(C (&values)[kSize]) {
 #pragma unroll
   for (int step = 1; step < kWarp; step *= 2) {
@@ -171,7 +177,7 @@ template <class T, int kPack> __global__ void __launch_bounds__(kThreads, 4)
     expand(LoraExpand<T> p) {
   const int64_t chunks = blocks_of(p.features, kChunk<kPack>);
   const int64_t first_token = blockIdx.x / chunks * kTokens;
-  const int64_t own = blockIdx.x % chunks * kChunk<kPack> + lane() * kPack;
+  const int64_t own = own_pack<kPack>(blockIdx.x % chunks);
   const int64_t h = min(own, p.features - kPack);  // past the end as before it, but not written
   for (int64_t token = first_token + warp(); token < min(first_token + kTokens, p.tokens);
        token += kWarps) {
@@ -221,7 +227,7 @@ __global__ void __launch_bounds__(kThreads, 2) outer(LoraOuter<T> p) {
 
   const int64_t chunks = blocks_of(p.features, kChunk<kPack>);
   const int64_t rank_tiles = blocks_of(p.max_rank, kRanks<T>);
-  const int64_t h = blockIdx.x % chunks * kChunk<kPack> + lane() * kPack;
+  const int64_t h = own_pack<kPack>(blockIdx.x % chunks);
   const int64_t first_rank = blockIdx.x / chunks % rank_tiles * kRanks<T>;
   const int64_t expert = blockIdx.x / chunks / rank_tiles;
   const int ranks = ranks_in_tile<T>(p, expert, first_rank);
@@ -284,14 +290,14 @@ __global__ void __launch_bounds__(kThreads, 2) outer(LoraOuter<T> p) {
 
 template <class T> void lora_mix_cuda(const LoraShrink<T>& p, void* stream) {
   const bool wide = is_aligned<T>(p.features, {p.x, p.weight});
-  launch("lora_shrink", wide ? shrink<T, kWidest<Compute<T>>> : shrink<T, 1>,
+  launch("lora_mix", wide ? shrink<T, kWidest<Compute<T>>> : shrink<T, 1>,
          tiles_of(p) * blocks_of(p.max_rank, kRanks<T>), kThreads, stream, p);
 }
 
 template <class T> void lora_mix_cuda(const LoraExpand<T>& p, void* stream) {
   const bool wide = is_aligned<T>(p.features, {p.weight, p.y});
   const int64_t chunks = blocks_of(p.features, kWarp * (wide ? kWidest<T> : 1));
-  launch("lora_expand", wide ? expand<T, kWidest<T>> : expand<T, 1>,
+  launch("lora_mix", wide ? expand<T, kWidest<T>> : expand<T, 1>,
          blocks_of(p.tokens, kTokens) * chunks, kThreads, stream, p);
 }
 
@@ -299,7 +305,7 @@ template <class T> void lora_mix_cuda(const LoraOuter<T>& p, void* stream) {
   constexpr int kPack = kWidest<Compute<T>>;
   const bool wide = is_aligned<T>(p.features, {p.x, p.result});
   const int64_t chunks = blocks_of(p.features, kWarp * (wide ? kPack : 1));
-  launch("lora_outer", wide ? outer<T, kPack> : outer<T, 1>,
+  launch("lora_mix", wide ? outer<T, kPack> : outer<T, 1>,
          p.experts * blocks_of(p.max_rank, kRanks<T>) * chunks, kThreads, stream, p);
 }
 
