@@ -1,8 +1,8 @@
 // shrink: a block takes a tile of rows of one expert and of its ranks; lanes share the features.
-// expand: a warp takes a token, lanes share a chunk of the features. outer: a block takes an expert,
-// a tile of its ranks and a chunk of the features, and its warps take batches of rows in turn; their
-// sums are added in the order of warps. Where rows begin at multiples of 16 bytes packs are moved,
-// else elements. Not run on a GPU yet.
+// expand: a warp takes a token, lanes share a chunk of the features. outer: a block takes an
+// expert, a tile of its ranks and a chunk of the features; its warps take batches of rows in turn,
+// and their sums are added in the order of warps. Where rows begin at multiples of 16 bytes packs
+// are moved, else elements. Not run on a GPU yet.
 //
 // Nobody has checked the values of order, inverse and offsets. A row without a possible slot has no
 // token, a slot without a possible row adds nothing; the first offset counts as 0, the others as
@@ -98,8 +98,8 @@ __device__ int64_t first_tile(const LoraRows& p, int64_t expert) {
 }
 int64_t tiles_of(const LoraRows& p) { return p.rows / kRowsOfTile + p.experts + 1; }
 
-// Each value summed over the lanes: lane l gets the sums of values [l, l + 1) * kSize / kWarp, in the
-// first places.
+// Each value summed over the lanes: lane l gets the sums of values [l, l + 1) * kSize / kWarp, in
+// the first places.
 template <int kSize, class C> __device__ void sum_over_lanes(C (&values)[kSize]) {
 #pragma unroll
   for (int step = 1; step < kWarp; step *= 2) {
