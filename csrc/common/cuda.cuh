@@ -5,6 +5,7 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <initializer_list>
 #include <stdexcept>
 #include <string>
 
@@ -83,6 +84,23 @@ template <class T> __device__ inline bool warp_add_duplicates(std::int64_t key, 
 template <class T, int kSize> struct alignas(kSize * sizeof(T)) Pack {
   T values[kSize];
 };
+template <class T> constexpr int kWidest = 16 / sizeof(T);  // of the widest instruction
+
+template <int kPack, class T> __device__ Pack<T, kPack> load_pack(const T* from) {
+  return *reinterpret_cast<const Pack<T, kPack>*>(from);
+}
+template <int kPack, class T> __device__ void store_pack(T* to, const Pack<T, kPack>& pack) {
+  *reinterpret_cast<Pack<T, kPack>*>(to) = pack;
+}
+
+// Whether packs of kWidest<T> move all rows of `size` elements of these arrays.
+template <class T>
+bool is_aligned(std::int64_t size, std::initializer_list<const T*> arrays) {
+  bool result = size % kWidest<T> == 0;
+  for (const T* array : arrays)
+    result = result && reinterpret_cast<std::uintptr_t>(array) % 16 == 0;
+  return result;
+}
 
 // A row of at most kWarp * kPerLane elements in the registers of a warp, as numbers of Compute<S>;
 // in memory they are of S, or those of a row beside it of Compute<S>. Each lane holds packs of

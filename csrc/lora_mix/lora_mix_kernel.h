@@ -11,7 +11,7 @@
 //
 // Rows behind the last expert's have no token: shrink makes them 0, the others do not read them.
 // Sums are in Compute<T>, rounded once, in an order that the sizes alone fix: those of expand go by
-// slot, then by j; those of outer by row.
+// slot, then by j; those of outer by row, on CUDA by batches of rows.
 #pragma once
 
 #include <cstdint>

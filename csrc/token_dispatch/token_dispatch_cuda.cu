@@ -3,8 +3,6 @@
 //
 // Nobody has checked the values of order and inverse. A slot and a row that do not name each other
 // have none; each row then belongs to one slot at most, and is written exactly once.
-#include <initializer_list>
-
 #include "common/cuda.cuh"
 #include "token_dispatch/token_dispatch_kernel.h"
 
@@ -13,7 +11,6 @@ namespace {
 
 using std::int64_t;
 constexpr int kThreads = 128, kWarps = kThreads / kWarp;
-template <class T> constexpr int kWidest = 16 / sizeof(T);  // elements of 16 bytes
 
 // The row of a slot, the slot of a row; -1 if there is none.
 __device__ int64_t row_of(const DispatchPlan& p, int64_t slot) {
@@ -23,13 +20,6 @@ __device__ int64_t row_of(const DispatchPlan& p, int64_t slot) {
 __device__ int64_t slot_of(const DispatchPlan& p, int64_t row) {
   const int64_t slot = p.order[row];
   return 0 <= slot && slot < p.tokens * p.slots && p.inverse[slot] == row ? slot : -1;
-}
-
-template <int kPack, class T> __device__ Pack<T, kPack> load_pack(const T* from) {
-  return *reinterpret_cast<const Pack<T, kPack>*>(from);
-}
-template <int kPack, class T> __device__ void store_pack(T* to, const Pack<T, kPack>& pack) {
-  *reinterpret_cast<Pack<T, kPack>*>(to) = pack;
 }
 
 template <int kPack, class T>
@@ -122,14 +112,6 @@ __global__ void __launch_bounds__(kThreads) clear_unused(ClearUnused<T> p) {
 // ---- launching ---------------------------------------------------------------------------------
 
 int64_t blocks_of(int64_t count, int64_t per_block) { return (count + per_block - 1) / per_block; }
-
-// Whether all rows begin at multiples of 16 bytes.
-template <class T> bool is_aligned(int64_t hidden, std::initializer_list<const T*> arrays) {
-  bool result = hidden % kWidest<T> == 0;
-  for (const T* array : arrays)
-    result = result && reinterpret_cast<std::uintptr_t>(array) % 16 == 0;
-  return result;
-}
 
 }  // namespace
 
