@@ -120,6 +120,22 @@ def test_only_experts_and_routers_are_trained():
         assert torch.equal(parameter, before[name]) != parameter.requires_grad, name
 
 
+def test_an_error_leaves_the_model_as_it_was():
+    model = tiny_lm()
+    names = [name for name, _ in model.named_modules()]
+    with pytest.raises(ValueError, match="TopKRouter: expected top_k in"):
+        tr.lora.inject(model, config(router_arguments={"top_k": 9}))
+    assert [name for name, _ in model.named_modules()] == names
+    assert all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_experts_and_routers_get_the_mode_of_their_layer(training):
+    model = tiny_lm().train(training)
+    tr.lora.inject(model, config())
+    assert all(module.training == training for module in model.modules())
+
+
 def test_modules_to_save_are_trained_too():
     model = injected(modules_to_save=["lm_head"])
     assert "lm_head.weight" in trained(model)
@@ -286,6 +302,29 @@ def test_one_expert_is_lora():
     ids, mask = batch()
     real = mask.bool()  # padding has no experts here
     assert_close(model(ids, mask)[real], reference(ids, mask)[real], atol=1e-6, rtol=1e-6)
+
+
+class Quantized(nn.Module):
+    """Its weight is no parameter, and has no floating numbers."""
+
+    in_features, out_features = 4, 5
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("weight", torch.randint(-8, 8, (5, 4), dtype=torch.int8))
+
+    def forward(self, x):
+        return x @ (self.weight.to(x.dtype) / 8).T
+
+
+def test_a_base_layer_is_called_and_not_looked_into():
+    model = nn.Sequential(Quantized())
+    x = seeded(3, 4).float().requires_grad_()
+    expected = model(x)
+    tr.lora.inject(model, config(target_modules=["0"], losses=[]))
+    assert torch.equal(model(x), expected)
+    model(x).sum().backward()
+    assert all(grad is not None for grad in gradients(model).values())
 
 
 def test_forcing_an_expert_asks_no_router():

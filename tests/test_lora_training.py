@@ -122,6 +122,53 @@ def test_ranks_train_as_one_process(ranks, wrap, scope):
     ranks(train_on_ranks, 2, wrap=wrap, scope=scope)
 
 
+def test_the_stock_trainer_of_transformers(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "vocab_size": 32}
+    heads = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **heads))
+    config = tr.lora.RoutedLoraConfig(
+        r=4,
+        num_experts=3,
+        target_modules=["q_proj", "v_proj", "down_proj"],
+        router_scope="block",
+        losses=[tr.losses.LoadBalanceLoss(0.1)],
+    )
+    tr.lora.inject(model, config)
+    tr.lora.set_trainable(model, experts=["0", "2"])
+    tr.follow_inputs(model)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    ids = torch.randint(32, (8, 6))
+    rows = [{"input_ids": row, "labels": row, "attention_mask": torch.ones(6)} for row in ids]
+
+    class Trainer(transformers.Trainer):
+        """With the losses of the routers added, as a subclass of its users would have it."""
+
+        def compute_loss(self, model, inputs, **options):
+            with tr.collect(model) as routings:
+                loss = super().compute_loss(model, inputs, **options)
+            return loss + routings.aux_loss()
+
+    arguments = transformers.TrainingArguments(
+        output_dir=str(tmp_path),
+        per_device_train_batch_size=2,
+        max_steps=3,
+        learning_rate=1e-2,
+        weight_decay=0.1,
+        gradient_checkpointing=True,
+        save_strategy="no",
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    Trainer(model=model, args=arguments, train_dataset=rows).train()
+    for name, parameter in model.named_parameters():
+        learns = "routed_" in name and ".default.1." not in name
+        assert torch.equal(parameter, before[name]) != learns, name
+
+
 @pytest.mark.parametrize("router", ["TopKRouter", "SoftRouter"])
 @pytest.mark.parametrize("scope", ["module", "block", "layer", "model"])
 def test_nothing_waits_for_the_device(scope, router):

@@ -46,28 +46,33 @@ def inject(model: nn.Module, config: RoutedLoraConfig, mix: str = "default") -> 
     if mix in configs_of(model):
         raise ValueError(f"inject: expected a new name of a mixture, got {mix!r}")
     report = match_modules(model, config)
+    modules, experts = dict(model.named_modules()), config.experts()
+    containers = {name: _container_of(model, name, config.router_scope) for name in report.matched}
+    owners: dict[str, str] = {}  # the first layer of each scope has its router
+    for name, container in containers.items():
+        owners.setdefault(container, name)
+    # What can fail comes first, so that an error leaves the model as it was.
+    scopes = {
+        container: _make_scope(model, config, name, container) for container, name in owners.items()
+    }
     _freeze(model, config)
-    names = dict(model.named_modules())
-    first_of_scope: dict[str, RoutingScope] = {}
-    for name in report.matched:
-        layer = _wrapped(model, name, names[name])
-        container = _container_of(model, name, config.router_scope)
-        scope = first_of_scope.get(container)
-        is_first = scope is None
-        if is_first:
-            scope = _make_scope(model, config, name, container)
-            first_of_scope[container] = scope
-        experts = config.experts()
+    for scope in scopes.values():
+        if config.router_scope != "module":
+            keeps = config.router_scope == "model"
+            scope.watch(modules[scope.name], keeps_routing=keeps)
+    for name, container in containers.items():
+        layer = _wrapped(model, name, modules[name])
         layer.add_mix(
             mix,
             {expert: config.rank_of(name, e) for e, expert in enumerate(experts)},
             {expert: config.scaling_of(name, e) for e, expert in enumerate(experts)},
-            scope,
+            scopes[container],
             dropout=config.lora_dropout,
-            owns_router=is_first,
+            owns_router=owners[container] == name,
         )
         for expert in experts:
             layer.reset_expert(mix, expert, config.init_lora_weights)
+        layer.train(layer.base_layer.training)
     model.routed_lora = {**configs_of(model), mix: config}
     return report
 
@@ -216,7 +221,6 @@ def _wrapped(model: nn.Module, name: str, module: nn.Module) -> RoutedLoraLinear
     if isinstance(module, RoutedLoraLinear):
         return module
     layer = RoutedLoraLinear(module)
-    layer.train(module.training)
     _replace(model, name, layer)
     return layer
 
@@ -261,11 +265,7 @@ def _make_scope(
         hidden_size = config.task_embedding_size
         tasks = nn.Embedding(config.num_tasks, hidden_size, device=device)
     router = _make_router(config, hidden_size).to(device)
-    scope = RoutingScope(router, watched, router_input=config.router_input, tasks=tasks)
-    if not of_module:
-        keeps = config.router_scope == "model"
-        scope.watch(model.get_submodule(watched), keeps_routing=keeps)
-    return scope
+    return RoutingScope(router, watched, router_input=config.router_input, tasks=tasks)
 
 
 def _make_router(config: RoutedLoraConfig, hidden_size: int) -> Router:
