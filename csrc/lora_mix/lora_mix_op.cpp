@@ -50,33 +50,6 @@ void run(const Tensor& like, const Params& params, const std::vector<int64_t>& o
       [&](void* stream) { lora_mix_cuda(params, stream); });
 }
 
-void check_tokens(const LoraPlan& plan, const char* name, const Tensor& x) {
-  check_shape(plan.op, name, x, x.dim() == 2, "[tokens, features]");
-  check_floating(plan.op, name, x);
-}
-
-void check_token_number(const LoraPlan& plan, const Tensor& x) {
-  check(x.size(0) == plan.tokens(), plan.op, ": expected x with ", plan.tokens(),
-        " tokens, those of the plan, got ", x.size(0));
-}
-
-void check_z(const LoraPlan& plan, const Tensor& z, const Tensor& like) {
-  check_tensor(plan.op, "z", z, like, like.scalar_type(),
-               has_shape(z, {plan.rows(), plan.max_rank}), "[rows=", plan.rows(),
-               ", max_rank=", plan.max_rank, "]");
-}
-
-void check_weight(const LoraPlan& plan, const Tensor& weight, const Tensor& like) {
-  check_shape(plan.op, "weight", weight, weight.dim() == 2, "[sum of ranks, features]");
-  check_same_dtype(plan.op, "weight", weight, "the tokens", like);
-  check_same_device(plan.op, like, weight);
-}
-
-// The multiplications of all slots' products, for each of `count`.
-int64_t cost_of(const LoraPlan& plan, int64_t features, int64_t count) {
-  return plan.rows() * plan.max_rank / std::max<int64_t>(1, count) * features;
-}
-
 Tensor lora_shrink(const Tensor& x, const Tensor& weight, const Tensor& order,
                    const Tensor& inverse, const Tensor& offsets, const Tensor& ranks,
                    int64_t max_rank) {
