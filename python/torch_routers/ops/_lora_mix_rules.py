@@ -106,7 +106,7 @@ class Segmented(_Way):
         return torch.tensor([0, *itertools.accumulate(self.ranks)], device=device)
 
     def _transposed(self, factors_b, dtype):
-        return self._stacked([factor.t() for factor in factors_b], 0, dtype)
+        return self._stacked(factors_b, 1, dtype).t()
 
     def _of_rows(self, gates, order):
         """The gate of each row; of one without a slot, where all else is 0, any."""
@@ -212,5 +212,7 @@ def mixture(way, x, gates, routing, factors_a, factors_b):
     """By one of the two ways above."""
     factors = *factors_a, *factors_b
     if is_plain(x, gates, factors):
-        return _Mixture.apply(way, routing, x, gates, *factors)
+        if torch.is_grad_enabled() and any(value.requires_grad for value in (x, gates, *factors)):
+            return _Mixture.apply(way, routing, x, gates, *factors)
+        return way.forward(x, gates, routing, factors_a, factors_b)[0]
     return way.compose(x, gates, routing, factors_a, factors_b)

@@ -1,0 +1,69 @@
+"""A mixture of low-rank experts of 1024 features, against what people write by hand.
+
+Stacked by hand has its parameters stacked before, outside the time; ours and the loop have one
+tensor per expert. Both precisions of torch's matrix products as in `bench_moe`: "medium".
+"""
+
+from collections.abc import Iterator
+
+import torch
+
+from torch_routers.ops import lora_mix
+
+from .harness import Options, Row, name_of
+
+HIDDEN = 1024
+#: (num_experts, top_k, rank)
+MIXTURES = [(8, 2, 16), (64, 8, 8)]
+
+
+def rows(options: Options) -> Iterator[Row]:
+    for experts, slots, rank in MIXTURES[:1] if options.quick else MIXTURES:
+        for tokens in (1, 64) if options.quick else (1, 64, 4096):
+            for backward in False, True:
+                yield row(experts, slots, rank, tokens, backward)
+
+
+def row(experts: int, slots: int, rank: int, tokens: int, backward: bool) -> Row:
+    generator = torch.Generator().manual_seed(0)
+    stacked_a = torch.randn(experts * rank, HIDDEN, generator=generator) / HIDDEN**0.5
+    stacked_b = torch.randn(HIDDEN, experts * rank, generator=generator) / rank**0.5
+    factors_a, factors_b = stacked_a.split(rank), stacked_b.split(rank, 1)
+    factors_a, factors_b = ([x.clone() for x in factors] for factors in (factors_a, factors_b))
+
+    def inputs():
+        weights, indices = torch.rand(tokens, experts).topk(slots)
+        return torch.randn(tokens, HIDDEN), weights, indices
+
+    def dense(weights, indices):
+        return weights.new_zeros(tokens, experts).scatter(1, indices, weights)
+
+    def stacked(x, weights, indices):
+        gates = dense(weights, indices).repeat_interleave(rank, 1)
+        return ((x @ stacked_a.T * gates) @ stacked_b.T,)
+
+    def einsum(x, weights, indices):
+        a, b = stacked_a.view(experts, rank, HIDDEN), stacked_b.view(HIDDEN, experts, rank)
+        u = torch.einsum("th,erh->ter", x, a)
+        return (torch.einsum("ter,te,oer->to", u, dense(weights, indices), b),)
+
+    def loop(x, weights, indices):
+        y = torch.zeros_like(x)
+        for e, (a, b) in enumerate(zip(factors_a, factors_b)):
+            token, slot = torch.where(indices == e)
+            part = x[token] @ a.T @ b.T
+            y = y.index_add(0, token, part * weights[token, slot, None])
+        return (y,)
+
+    def ours(x, weights, indices):
+        return (lora_mix(x, factors_a, factors_b, weights, indices),)
+
+    return Row(
+        name=name_of("lora_mix", backward, experts, slots, tokens),
+        inputs=inputs,
+        ours=ours,
+        baselines={"stacked": stacked, "einsum": einsum, "loop": loop},
+        backward=backward,
+        max_rounds=9 if tokens > 1000 else 1000,
+        matmul_precision="medium",
+    )
