@@ -161,3 +161,26 @@ def test_all_linear_means_linear_layers_alone():
     model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.ReLU(), nn.Linear(4, 4)))
     config = tr.lora.RoutedLoraConfig(target_modules="all-linear")
     assert tr.lora.match_modules(model, config).matched == ["0", "1.1"]
+
+
+class Pooled(nn.Module):
+    """Its last layer sees one row for each sample, as a pooler does."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.dense, self.pooler = (
+            nn.Embedding(20, 4),
+            nn.Linear(4, 4),
+            nn.Linear(4, 4),
+        )
+
+    def forward(self, input_ids, attention_mask=None):
+        return self.pooler(self.dense(self.embed(input_ids))[:, 0])
+
+
+def test_a_layer_that_sees_other_tokens_than_the_mask_is_named():
+    model = injected(model=Pooled(), target_modules="all-linear")
+    tr.follow_inputs(model)
+    ids, mask = batch()
+    with pytest.raises(ValueError, match=r"lora: expected pooler .*\[3, 6\], got \[3\]. .*exclude"):
+        model(ids, attention_mask=mask)

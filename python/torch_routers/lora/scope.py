@@ -138,12 +138,22 @@ class RoutingScope:
             x = self._of_first_pass(x)
         if self.forced is not None:
             return self._one_hot(x)
+        self._check_mask(x)
         if self.router_input == "sequence":
             routing = self._of_sequences(x)
         else:
             routing = self.router(self._of_tasks(x) if self.router_input == "task" else x)
         require_destination("lora", self.router, routing)
         return routing
+
+    def _check_mask(self, x: Tensor) -> None:
+        valid = self.router.with_followed(x, {}).get("valid_mask")
+        if valid is not None and valid.shape != x.shape[:-1]:
+            raise ValueError(
+                f"lora: expected {self.name or 'the model'} to see the tokens of attention_mask, "
+                f"{list(valid.shape)}, got {list(x.shape[:-1])}. Leave it out by exclude_modules, "
+                "or do not use tr.follow_inputs"
+            )
 
     def _one_hot(self, x: Tensor) -> Routing:
         weights = x.new_zeros(*x.shape[:-1], self.router.num_experts, dtype=torch.float32)
