@@ -320,6 +320,13 @@ class Inputs:
         }
 
 
+def inputs_of(model: nn.Module) -> Inputs | None:
+    """What `follow_inputs` made for a model, for routers that come later."""
+    hooks = (hook for module in model.modules() for hook in module._forward_pre_hooks.values())
+    owners = (getattr(hook, "__self__", None) for hook in hooks)
+    return next((owner for owner in owners if isinstance(owner, Inputs)), None)
+
+
 def follow_inputs(model: nn.Module) -> RemovableHandle:
     """From now on, each call of ``model`` shows its inputs to the routers inside.
 

@@ -4,7 +4,7 @@ from torch_routers.lora.adapters import LowRank, PeftAdapter, from_adapters, rea
 from torch_routers.lora.collapse import CollapsedLora, collapse_to_lora, export_expert
 from torch_routers.lora.config import RoutedLoraConfig
 from torch_routers.lora.files import load_adapter, save_adapter
-from torch_routers.lora.inject import check_reach, inject, two_passes, unload
+from torch_routers.lora.inject import inject, unload
 from torch_routers.lora.linear import LowRankFactor, RoutedLoraLinear
 from torch_routers.lora.manage import (
     add_expert,
@@ -19,6 +19,7 @@ from torch_routers.lora.manage import (
 )
 from torch_routers.lora.matching import InjectionReport, match_modules
 from torch_routers.lora.merging import MergeError, bake_router, merge
+from torch_routers.lora.passes import check_reach, two_passes
 from torch_routers.lora.presets import list_lora_presets, lora_preset
 from torch_routers.lora.scope import RoutingScope
 

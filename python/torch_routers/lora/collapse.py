@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from torch_routers.lora.adapters import LowRank, exact_targets
 from torch_routers.lora.files import exact_patterns
-from torch_routers.lora.inject import configs_of, layers_of
+from torch_routers.lora.inject import config_of, layers_of
 from torch_routers.lora.linear import RoutedLoraLinear
 from torch_routers.lora.storage import (
     PREFIX,
@@ -230,7 +230,7 @@ def _plain_lora(
     errors: dict[str, float],
 ) -> CollapsedLora:
     """As PEFT has it: ranks and alphas by patterns where layers differ."""
-    ours = configs_of(model)[mix]
+    ours = config_of(model, mix, "lora")
     named = {name_on_disk(name): factors for name, factors in layers.items()}
     ranks = exact_patterns({name: f.A.shape[0] for name, f in named.items()})
     alphas = exact_patterns({name: f.scaling * f.A.shape[0] for name, f in named.items()})

@@ -13,8 +13,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from torch_routers.lora.config import RoutedLoraConfig
-from torch_routers.lora.inject import configs_of, inject, layers_of, unload
+from torch_routers.lora.inject import config_of, configs_of, inject, layers_of, scopes_of, unload
 from torch_routers.lora.linear import RoutedLoraLinear
+from torch_routers.lora.scope import RoutingScope
 from torch_routers.lora.storage import (
     CONFIG,
     WEIGHTS,
@@ -35,7 +36,7 @@ def save_adapter(model: nn.Module, folder: str | Path, mix: str = "default") -> 
     ``[out_features, r_e]`` and ``routed_gate.<name>``: the whole state of a router, with biases,
     counters and averages, once where layers share it. Modules of ``modules_to_save`` are in it
     under their own names. The configuration has the experts, ranks and scalings that the model has
-    now, and ``schema_version`` and ``layout`` of the files.
+    now, the mode of its routers, and ``schema_version`` and ``layout`` of the files.
 
     Both files are complete or not there: they are written elsewhere and renamed. Other files of the
     folder stay.
@@ -45,7 +46,7 @@ def save_adapter(model: nn.Module, folder: str | Path, mix: str = "default") -> 
         mix: the name of the mixture, which is not in the files.
 
     Raises:
-        ValueError: there is no such mixture.
+        ValueError: there is no such mixture, or its routers are in several modes.
         ImportError: safetensors is not installed; it comes with the extra ``lora``.
 
     >>> from tempfile import TemporaryDirectory
@@ -112,8 +113,8 @@ def current_config(model: nn.Module, mix: str = "default") -> RoutedLoraConfig:
     Raises:
         ValueError: there is no such mixture.
     """
-    layers = layers_of(model, mix, "current_config")
-    config = configs_of(model)[mix]
+    layers = layers_of(model, mix, "save_adapter")
+    config = _of_mode(config_of(model, mix, "save_adapter"), scopes_of(model, "lora", mix))
     experts = next(iter(layers.values())).experts(mix)
     ranks = {
         name_on_disk(name): [layer.routed_A[mix][e].weight.shape[0] for e in experts]
@@ -137,6 +138,18 @@ def current_config(model: nn.Module, mix: str = "default") -> RoutedLoraConfig:
         expert_names=experts,
         **patterns_of(ranks, scalings),
     )
+
+
+def _of_mode(config: RoutedLoraConfig, scopes: Sequence[RoutingScope]) -> RoutedLoraConfig:
+    """The configuration with the mode in which routers are now, if they have any."""
+    modes = {scope.router.mode for scope in scopes if hasattr(scope.router, "mode")}
+    if len(modes) > 1:
+        raise ValueError(
+            f"save_adapter: expected one mode for all routers, got {sorted(modes)}. Set it for each"
+        )
+    if not modes or modes == {config.router_arguments.get("mode", "soft")}:
+        return config
+    return dataclasses.replace(config, mode=modes.pop())
 
 
 def patterns_of(
@@ -174,7 +187,7 @@ def _parts(model: nn.Module, mix: str) -> dict[str, nn.Module]:
             of_mixes = getattr(layer, kind)
             if mix in of_mixes and of_mixes[mix] not in parts.values():
                 parts[f"{name_on_disk(name)}.{kind}"] = of_mixes[mix]
-    return parts | saved_modules(model, configs_of(model)[mix].modules_to_save)
+    return parts | saved_modules(model, config_of(model, mix, "lora").modules_to_save)
 
 
 def _state(parts: dict[str, nn.Module]) -> dict[str, Tensor]:
@@ -234,16 +247,21 @@ def _undone_after_errors(model: nn.Module, mix: str) -> Iterator[None]:
 
 
 def _check_same(config: RoutedLoraConfig, present: RoutedLoraConfig, path: Path) -> None:
-    for name, of_file, of_model in (
-        ("experts", config.experts(), present.experts()),
-        *((n, getattr(config, n), getattr(present, n)) for n in ("router", "router_scope",
-          "router_input", "mix")),
-    ):  # fmt: skip
-        if of_file != of_model:
+    of_file, of_model = (_identity(x) for x in (config, present))
+    for name, value in of_model.items():
+        if of_file[name] != value:
             raise ValueError(
-                f"load_adapter: expected {name} {of_model!r}, as in the model, "
-                f"got {of_file!r} in {path}"
+                f"load_adapter: expected {name} {value!r}, as in the model, "
+                f"got {of_file[name]!r} in {path}"
             )
+
+
+def _identity(config: RoutedLoraConfig) -> dict[str, Any]:
+    """What files and a mixture they are loaded into have in common."""
+    fields = ("router", "router_scope", "router_input", "mix")
+    arguments = {name: value for name, value in config.router_arguments.items() if name != "mode"}
+    same = {"experts": config.experts(), **{name: getattr(config, name) for name in fields}}
+    return same | {"router_arguments": arguments}
 
 
 def _frozen(layers: dict[str, RoutedLoraLinear], mix: str) -> dict[str, Any]:

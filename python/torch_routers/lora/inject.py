@@ -1,14 +1,11 @@
 """Puts mixtures of experts into a model, and takes them out."""
 
-import copy
 import re
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
-import torch
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
+from torch_routers.delivery import inputs_of
 from torch_routers.lora.config import RoutedLoraConfig
 from torch_routers.lora.linear import RoutedLoraLinear, features_of
 from torch_routers.lora.matching import InjectionReport, linear_features, match_modules
@@ -45,6 +42,11 @@ def inject(model: nn.Module, config: RoutedLoraConfig, mix: str = "default") -> 
     """
     if mix in configs_of(model):
         raise ValueError(f"inject: expected a new name of a mixture, got {mix!r}")
+    if not mix or "." in mix or hasattr(nn.ModuleDict(), mix):
+        raise ValueError(
+            "inject: expected mix without dots, and other than attributes of nn.ModuleDict, "
+            f"got {mix!r}"
+        )
     report = match_modules(model, config)
     modules, experts = dict(model.named_modules()), config.experts()
     containers = {name: _container_of(model, name, config.router_scope) for name in report.matched}
@@ -57,6 +59,7 @@ def inject(model: nn.Module, config: RoutedLoraConfig, mix: str = "default") -> 
     }
     _freeze(model, config)
     for scope in scopes.values():
+        scope.router._inputs = inputs_of(model)
         if config.router_scope != "module":
             keeps = config.router_scope == "model"
             scope.watch(modules[scope.name], keeps_routing=keeps)
@@ -73,6 +76,8 @@ def inject(model: nn.Module, config: RoutedLoraConfig, mix: str = "default") -> 
         for expert in experts:
             layer.reset_expert(mix, expert, config.init_lora_weights)
         layer.train(layer.base_layer.training)
+    for layer in layers_of(model).values():
+        layer.active_mix = mix if mix in layer.routed_A else None
     model.routed_lora = {**configs_of(model), mix: config}
     return report
 
@@ -80,6 +85,20 @@ def inject(model: nn.Module, config: RoutedLoraConfig, mix: str = "default") -> 
 def configs_of(model: nn.Module) -> dict[str, RoutedLoraConfig]:
     """The configurations of a model's mixtures, by name."""
     return getattr(model, "routed_lora", {})
+
+
+def config_of(model: nn.Module, mix: str, caller: str) -> RoutedLoraConfig:
+    """That of one mixture.
+
+    Raises:
+        ValueError: the model has none, but perhaps a module in it has.
+    """
+    if mix not in configs_of(model):
+        raise ValueError(
+            f"{caller}: expected the model in which {mix!r} was injected, got "
+            f"{type(model).__name__}, which may be around it"
+        )
+    return configs_of(model)[mix]
 
 
 def layers_of(
@@ -118,73 +137,6 @@ def unload(model: nn.Module, mix: str | None = None) -> nn.Module:
         else {name: config for name, config in configs_of(model).items() if name != mix}
     )
     return model
-
-
-def check_reach(model: nn.Module, *args: Any, **kwargs: Any) -> None:
-    """Call the model once and see that every layer with experts is called.
-
-    Some modules read the weight of a layer instead of calling it, as fused kernels of state space
-    models do: experts there would be trained by nothing, and change nothing.
-
-    Args:
-        args, kwargs: a small batch, for one call without gradients.
-
-    Raises:
-        ValueError: a layer was not called.
-    """
-    reached: set[str] = set()
-
-    def note(name: str) -> Callable[..., None]:
-        return lambda *_: reached.add(name)
-
-    layers = layers_of(model, caller="check_reach")
-    handles = [layer.register_forward_hook(note(name)) for name, layer in layers.items()]
-    try:
-        with torch.no_grad():
-            model(*args, **kwargs)
-    finally:
-        for handle in handles:
-            handle.remove()
-    missed = [name for name in layers if name not in reached]
-    if missed:
-        raise ValueError(
-            f"check_reach: expected every layer with experts to be called, got none of {missed}: "
-            "what stands above reads the weight, or leaves the layer out. Take it from "
-            "target_modules"
-        )
-
-
-def two_passes(model: nn.Module) -> RemovableHandle:
-    """From now on, each call of ``model`` is preceded by one without experts, for routers to see.
-
-    For mixtures with ``router_input="first_pass"``, whose routers look at what their layers would
-    get from the base model alone (X-LoRA, arXiv 2402.07148, takes the last hidden state of such a
-    pass for all layers). The first pass has no gradient; it takes the time of a forward. A cache of
-    keys and values is copied for it. Remove the returned handle to stop.
-
-    Raises:
-        ValueError: the model has no mixture with that input.
-    """
-    scopes = [
-        scope for scope in scopes_of(model, "two_passes") if scope.router_input == "first_pass"
-    ]
-    if not scopes:
-        raise ValueError('two_passes: expected a mixture with router_input="first_pass", got none')
-
-    def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        first = dict(kwargs)
-        if first.get("past_key_values") is not None:
-            first["past_key_values"] = copy.deepcopy(first["past_key_values"])
-        for scope in scopes:
-            scope.begin_first_pass()
-        try:
-            with torch.no_grad():
-                module.forward(*args, **first)
-        finally:
-            for scope in scopes:
-                scope.end_first_pass()
-
-    return model.register_forward_pre_hook(hook, with_kwargs=True)
 
 
 def scopes_of(model: nn.Module, caller: str, mix: str | None = None) -> list[RoutingScope]:

@@ -3,12 +3,13 @@
 import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from torch_routers.lora.config import RoutedLoraConfig
-from torch_routers.lora.inject import configs_of, layers_of, scopes_of
+from torch_routers.lora.inject import config_of, configs_of, layers_of, scopes_of
 from torch_routers.lora.linear import RoutedLoraLinear
 from torch_routers.lora.scope import RoutingScope
 from torch_routers.registry import from_config
@@ -84,9 +85,7 @@ def set_trainable(
     """
     layers = layers_of(model, mix, "set_trainable")
     known = _experts(layers, mix)
-    chosen = known if experts is True else list(experts or ())
-    for expert in chosen:
-        _number_of(model, expert, mix, "set_trainable")
+    chosen = known if experts is True else _chosen(model, experts or (), mix, "set_trainable")
     for layer in layers.values():
         for expert in layer.experts(mix):
             for factor in _factors(layer, mix, expert):
@@ -99,8 +98,14 @@ def set_trainable(
 def expert_parameters(
     model: nn.Module, experts: Sequence[str] | None = None, mix: str = "default"
 ) -> list[nn.Parameter]:
-    """The factors of some experts, or of all, such as for `losses.expert_preservation`."""
+    """The factors of some experts, or of all, such as for `losses.expert_preservation`.
+
+    Raises:
+        ValueError: an expert that the mixture does not have.
+    """
     layers = layers_of(model, mix, "expert_parameters")
+    if experts is not None:
+        experts = _chosen(model, experts, mix, "expert_parameters")
     return [
         factor
         for layer in layers.values()
@@ -164,12 +169,12 @@ def add_expert(
         ValueError: a name that is in use, or a router that cannot grow.
     """
     layers = layers_of(model, mix, "add_expert")
-    known, config = _experts(layers, mix), configs_of(model)[mix]
+    known, config = _experts(layers, mix), config_of(model, mix, "add_expert")
     if expert in known:
         raise ValueError(f"add_expert: expected a new name of an expert, got {expert!r}")
-    ranks = config.ranks or [config.r] * len(known)
-    config = _with_experts(config, [*known, expert], [*ranks, config.r if rank is None else rank])
-    _resize_routers(model, mix, [*range(len(known))], added=1)
+    every = [*range(len(known))]
+    config = _with_experts(config, every, {expert: config.r if rank is None else rank})
+    _resize_routers(model, mix, every, added=1)
     for name, layer in layers.items():
         number = len(known)
         layer.add_expert(mix, expert, config.rank_of(name, number), config.scaling_of(name, number))
@@ -188,10 +193,8 @@ def remove_expert(model: nn.Module, expert: str, mix: str = "default") -> None:
     known = _experts(layers, mix)
     if len(known) == 1:
         raise ValueError(f"remove_expert: expected another expert besides {expert!r}, got none")
-    config = configs_of(model)[mix]
-    ranks = config.ranks or [config.r] * len(known)
     kept = [e for e in range(len(known)) if e != number]
-    config = _with_experts(config, [known[e] for e in kept], [ranks[e] for e in kept])
+    config = _with_experts(config_of(model, mix, "remove_expert"), kept, {})
     _resize_routers(model, mix, kept, added=0)
     for layer in layers.values():
         del layer.routed_A[mix][expert], layer.routed_B[mix][expert]
@@ -199,24 +202,26 @@ def remove_expert(model: nn.Module, expert: str, mix: str = "default") -> None:
     model.routed_lora = {**configs_of(model), mix: config}
 
 
-def _with_experts(config: RoutedLoraConfig, names: list[str], ranks: list[int]) -> RoutedLoraConfig:
-    """The configuration of other experts; ranks by module and expert are of those before."""
-    listed = [
-        pattern
-        for patterns in (config.rank_pattern, config.alpha_pattern)
-        for pattern, value in patterns.items()
-        if isinstance(value, list)
-    ]
-    if listed:
-        raise ValueError(
-            "lora: expected patterns with a number for all experts, to add or remove one, got "
-            f"lists for {listed}"
-        )
+def _with_experts(
+    config: RoutedLoraConfig, kept: list[int], added: dict[str, int]
+) -> RoutedLoraConfig:
+    """The configuration of some of its experts, and of more with their ranks."""
+    names, ranks = config.experts(), config.ranks or [config.r] * config.num_experts
+    ranks = [*(ranks[e] for e in kept), *added.values()]
+
+    def of_experts(patterns: dict[str, Any], new: list[float]) -> dict[str, Any]:
+        return {
+            pattern: [*(value[e] for e in kept), *new] if isinstance(value, list) else value
+            for pattern, value in patterns.items()
+        }
+
     return dataclasses.replace(
         config,
-        num_experts=len(names),
-        expert_names=names,
+        num_experts=len(ranks),
+        expert_names=[*(names[e] for e in kept), *added],
         ranks=None if set(ranks) == {config.r} else ranks,
+        rank_pattern=of_experts(config.rank_pattern, [*added.values()]),
+        alpha_pattern=of_experts(config.alpha_pattern, [config.lora_alpha] * len(added)),
     )
 
 
@@ -249,6 +254,14 @@ def _resized(router: Router, kept: list[int], added: int) -> Router:
     for parameter, before in zip(result.parameters(), router.parameters()):
         parameter.requires_grad_(before.requires_grad)
     return result
+
+
+def _chosen(model: nn.Module, experts: Sequence[str], mix: str, caller: str) -> list[str]:
+    if isinstance(experts, str):
+        raise ValueError(f"{caller}: expected a list of experts, got {experts!r}")
+    for expert in experts:
+        _number_of(model, expert, mix, caller)
+    return list(experts)
 
 
 def _number_of(model: nn.Module, expert: str, mix: str, caller: str) -> int:

@@ -87,8 +87,10 @@ def match_modules(
     linear = set(_outermost_linear(model, modules))
     targets: str | list[str] = config.target_modules
     if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
-        targets = sorted(linear - _heads(model, config.task_type))
-    named = [name for name in modules if _is_target(name, targets, config)]
+        chosen = linear - _heads(model, config.task_type)
+        named = [name for name in modules if name in chosen]
+    else:
+        named = [name for name in modules if _is_target(name, targets, config)]
     excluded = {name for name in modules if _is_excluded(name, config)}
     chosen = [name for name in named if name not in excluded]
     report = InjectionReport(

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torch_routers.delivery import collect
 from torch_routers.lora.collapse import stacked_factors
 from torch_routers.lora.constant import ConstantRouter
-from torch_routers.lora.inject import configs_of, layers_of, unload
+from torch_routers.lora.inject import config_of, configs_of, layers_of, unload
 from torch_routers.lora.linear import RoutedLoraLinear
 from torch_routers.routers import Router
 from torch_routers.routing import Routing
@@ -69,7 +70,7 @@ def bake_router(
     Raises:
         ValueError: no batches, or none with a token.
     """
-    layers = layers_of(model, mix, "bake_router")
+    layers, config = layers_of(model, mix, "bake_router"), config_of(model, mix, "bake_router")
     scopes = {id(x): x for x in (layer.scope(mix) for layer in layers.values())}.values()
     sums = {scope.router: torch.zeros(scope.router.num_experts).double() for scope in scopes}
     tokens = dict.fromkeys(sums, 0)
@@ -87,7 +88,8 @@ def bake_router(
     handles = [router.register_forward_hook(add) for router in sums]
     try:
         for batch in batches:
-            model(**batch) if isinstance(batch, Mapping) else model(*batch)
+            with collect(model):  # losses are of no use here
+                model(**batch) if isinstance(batch, Mapping) else model(*batch)
     finally:
         for handle in handles:
             handle.remove()
@@ -97,8 +99,8 @@ def bake_router(
         old = scope.router
         baked = ConstantRouter(old.hidden_size, old.num_experts).train(old.training)
         baked.constant_weights.copy_(sums[old] / tokens[old])
-        scope.replace_router(baked.to(next(old.parameters()).device), layers.values(), mix)
-    config = configs_of(model)[mix]
+        device = next(iter(old.state_dict().values())).device
+        scope.replace_router(baked.to(device), layers.values(), mix)
     arguments = {"router": "ConstantRouter", "router_arguments": {}, "mode": None, "losses": []}
     model.routed_lora = {**configs_of(model), mix: dataclasses.replace(config, **arguments)}
 

@@ -49,6 +49,7 @@ class RoutingScope:
         self.forced: int | None = None
         self.watches = self.keeps_routing = False
         self._routing: Routing | None = None
+        self._input: Tensor | None = None  # of the container: routed once a layer asks
         self._handles: tuple[RemovableHandle, ...] = ()
         self._first: Tensor | None = None
         self._is_first_pass = False
@@ -57,6 +58,10 @@ class RoutingScope:
     def dense_gradient(self) -> bool:
         """Whether the weights of experts that are left out have a gradient."""
         return self.forced is None and getattr(self.router, "dense_gradient", False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what is left of the last call: it has a graph, which cannot be copied."""
+        return self.__dict__ | {"_routing": None, "_input": None, "_first": None}
 
     def watch(self, container: nn.Module, *, keeps_routing: bool = False) -> None:
         """Route what ``container`` is called with, for all layers in it.
@@ -98,6 +103,8 @@ class RoutingScope:
             return self._route(x)
         if self._is_first_pass:
             return None
+        if self._routing is None and self._input is not None:
+            self._routing = self._route(self._input)
         if self._routing is None:
             raise RuntimeError(
                 f"lora: expected a call of {self.name}, whose input is routed, before that of a "
@@ -114,12 +121,14 @@ class RoutingScope:
         return self._routing
 
     def _enter(self, container: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        x = _hidden_states(args, kwargs, self.name)
-        self._routing = self._route(x)
+        # Routed later: where no layer asks, as in a mixture that is not active, there is no loss.
+        self._routing, self._input = None, _hidden_states(args, kwargs, self.name)
+        if self._is_first_pass:
+            self._route(self._input)
 
     def _leave(self, *_: Any) -> None:
         if not self.keeps_routing:
-            self._routing = None
+            self._routing = self._input = None
 
     def _route(self, x: Tensor) -> Routing | None:
         if self._is_first_pass:
@@ -129,12 +138,22 @@ class RoutingScope:
             x = self._of_first_pass(x)
         if self.forced is not None:
             return self._one_hot(x)
+        self._check_mask(x)
         if self.router_input == "sequence":
             routing = self._of_sequences(x)
         else:
             routing = self.router(self._of_tasks(x) if self.router_input == "task" else x)
         require_destination("lora", self.router, routing)
         return routing
+
+    def _check_mask(self, x: Tensor) -> None:
+        valid = self.router.with_followed(x, {}).get("valid_mask")
+        if valid is not None and valid.shape != x.shape[:-1]:
+            raise ValueError(
+                f"lora: expected {self.name or 'the model'} to see the tokens of attention_mask, "
+                f"{list(valid.shape)}, got {list(x.shape[:-1])}. Leave it out by exclude_modules, "
+                "or do not use tr.follow_inputs"
+            )
 
     def _one_hot(self, x: Tensor) -> Routing:
         weights = x.new_zeros(*x.shape[:-1], self.router.num_experts, dtype=torch.float32)
@@ -198,7 +217,8 @@ def _hidden_states(args: tuple, kwargs: dict[str, Any], name: str) -> Tensor:
         if isinstance(value, Tensor) and value.is_floating_point():
             return value
     raise ValueError(
-        f"lora: expected hidden states in the call of {name}, whose input is routed, got none"
+        f"lora: expected hidden states in the call of {name or 'the model'}, whose input is "
+        "routed, got none"
     )
 
 
