@@ -657,6 +657,107 @@ def test_route_label_says_what_is_wrong():
             losses.route_label(torch.zeros(3, 2), labels)
 
 
+def log_of(*probs):
+    """Logits, each row of which sums to one after exp."""
+    return torch.tensor(probs, dtype=torch.float64).log().requires_grad_()
+
+
+@pytest.mark.parametrize(
+    "experts, labels",
+    [
+        (None, [0, 2, 1, -1]),  # the expert of the own number; there is no expert 7
+        ([2, 2, -1], [2, -1, 2, -1]),  # no task 7
+        ([1, 0, 0, 0, 0, 0, 0, 2], [1, 0, 0, 2]),
+        ([-1], [-1, -1, -1, -1]),
+    ],
+    ids=str,
+)
+def test_labels_of_a_worked_example(experts, labels):
+    z, tasks = log_of(*P), torch.tensor([0, 2, 1, 7])
+    loss = losses.RouteLabelLoss(2.0, experts_of_tasks=experts)(routing(z), task_ids=tasks)
+    pairs = [(token, expert) for token, expert in enumerate(labels) if expert >= 0]
+    close(loss, -sum(math.log(P[t][e]) for t, e in pairs) / max(1, len(pairs)))
+    expected = torch.zeros(4, 3, dtype=torch.float64)
+    for token, expert in pairs:
+        expected[token] = torch.tensor(P[token], dtype=torch.float64) / len(pairs)
+        expected[token, expert] -= 1 / len(pairs)
+    assert_close(gradient(loss, z), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.int64])
+@pytest.mark.parametrize("experts", [None, [3, 3, 0]], ids=str)
+def test_labels_are_of_real_tokens_by_sample_or_by_token(experts, dtype):
+    loss = losses.RouteLabelLoss(3.0, experts_of_tasks=experts)
+    router, x = tr.TopKRouter(6, 4, 2, losses=[loss]), torch.randn(2, 5, 6)
+    mask, of_samples = MASK.view(2, 5), torch.tensor([2, 1], dtype=dtype)
+    given = router(x, valid_mask=mask, task_ids=of_samples)
+    labels = torch.tensor([2, 1] if experts is None else [0, 3]).repeat_interleave(5)
+    expected = F.cross_entropy(given.logits.flatten(0, 1)[MASK], labels[MASK])
+    assert_close(given.losses["route_label"], expected.detach())
+    assert_close(given.aux_loss, 3 * expected)
+    of_tokens = of_samples.view(2, 1).expand(2, 5)
+    assert torch.equal(router(x, valid_mask=mask, task_ids=of_tokens).aux_loss, given.aux_loss)
+    nothing = router(x, valid_mask=torch.zeros(2, 5, dtype=torch.bool), task_ids=of_samples)
+    assert nothing.aux_loss == 0
+
+
+@pytest.mark.parametrize("experts", [None, [3, 1, 0, -1, 2, -1]], ids=str)
+def test_a_router_learns_labels_whatever_it_chose(experts):
+    """In mode "hard" the weights are labels themselves, and tasks 4 and 5 have no expert."""
+    loss = losses.RouteLabelLoss(1.0, experts_of_tasks=experts)
+    router = tr.SoftRouter(6, 4, top_k=2, losses=[loss])
+    nn.init.normal_(router.weight)
+    x, tasks = torch.randn(12, 6), torch.arange(12) % 6
+    mask, slopes = torch.arange(12) != 10, []  # one of task 4
+    for router.mode in "soft", "soft_topk", "st_topk", "hard":
+        slopes.append(gradient(router(x, task_ids=tasks, valid_mask=mask).aux_loss, router.weight))
+    labels = torch.tensor(([0, 1, 2, 3, -100, -100] if experts is None else experts) * 2)
+    labels = labels.where(mask & (labels >= 0), -100)
+    expected = gradient(F.cross_entropy(F.linear(x, router.weight), labels), router.weight)
+    for slope in slopes:
+        assert_close(slope, expected)
+
+
+def test_labels_are_of_tokens_with_no_active_expert_too():
+    router = tr.ReLURouter(6, 4, losses=[losses.RouteLabelLoss(1.0)])
+    x, tasks = torch.randn(10, 6), TASKS.abs()
+    with torch.no_grad():
+        router.weight.copy_(-x[0].expand(4, 6) * torch.rand(4, 1))
+    r = router(x, task_ids=tasks)
+    assert not r.used()[0].any()
+    assert_close(r.aux_loss, F.cross_entropy(r.logits, tasks))
+
+
+def test_route_label_loss_says_what_is_wrong():
+    said = r"^RouteLabelLoss: expected experts_of_tasks in a list of integers >= -1, one per task, "
+    for experts in [], [0, -2], [0, 1.0], [True], "01", {0: 1}, 3, torch.tensor([0, 1]):
+        with pytest.raises(ValueError, match=said + r"got "):
+            losses.RouteLabelLoss(1.0, experts_of_tasks=experts)
+    loss = losses.RouteLabelLoss(1.0, experts_of_tasks=(0, 4))
+    said = r"^RouteLabelLoss: expected experts_of_tasks in \[-1, num_experts=4\), got \[0, 4\]$"
+    with pytest.raises(ValueError, match=said):
+        tr.TopKRouter(6, 4, 2, losses=[loss])
+    with pytest.raises(ValueError, match=said):
+        loss(routing(torch.randn(2, 4)), task_ids=torch.zeros(2).long())
+    assert tr.TopKRouter(6, 5, 2, losses=[loss]).losses[0] is loss
+
+    router = tr.TopKRouter(6, 4, 2, losses=[losses.RouteLabelLoss(1.0)])
+    said = r"^RouteLabelLoss: expected task_ids, got none\. Pass them by keyword to the router$"
+    with pytest.raises(ValueError, match=said):
+        router(torch.randn(3, 6))
+    router.eval()(torch.randn(3, 6))  # where losses are not computed
+    router.train()
+    for ids in torch.zeros(3), torch.ones(3, dtype=torch.bool), torch.zeros(2).long():
+        said = (
+            r"^RouteLabelLoss: expected task_ids in integers of shape \[3\], or leading dimensions "
+            rf"of it, got {ids.dtype} of shape \[{len(ids)}\]$"
+        )
+        with pytest.raises(ValueError, match=said):
+            router(torch.randn(3, 6), task_ids=ids)
+    with pytest.raises(ValueError, match=r"^RouteLabelLoss: expected a routing with logits, got"):
+        losses.RouteLabelLoss(1.0)(tr.Routing(torch.rand(2, 4)), torch.zeros(2).long())
+
+
 def test_preservation_is_the_squared_distance_from_what_experts_were():
     experts = nn.ModuleList([nn.Linear(3, 2), nn.Linear(3, 2).bfloat16()])
     before = [p.detach().clone().requires_grad_() for p in experts.parameters()]
@@ -753,6 +854,8 @@ MODULES = [
     losses.RouterOrthogonalityLoss(0.5, form="cosine"),
     losses.VarianceLoss(0.5, axis="token"),
     losses.SpecializationLoss(0.5),
+    losses.RouteLabelLoss(0.5),
+    losses.RouteLabelLoss(0.5, experts_of_tasks=[3, -1, 0]),
 ]
 each_module = pytest.mark.parametrize("loss", MODULES, ids=repr)
 

@@ -40,6 +40,7 @@ from torch_routers.losses.orthogonality import (
     router_orthogonality,
 )
 from torch_routers.losses.specialization import (
+    RouteLabelLoss,
     SpecializationLoss,
     expert_preservation,
     route_label,
@@ -61,6 +62,7 @@ __all__ = [
     "LoadLoss",
     "MutualInformationLoss",
     "ReLUSparsityLoss",
+    "RouteLabelLoss",
     "RouterLoss",
     "RouterOrthogonalityLoss",
     "RoutingEntropyLoss",

@@ -25,7 +25,8 @@ class RouterLoss(Configurable, nn.Module):
     """Whether it needs statistics with a group per sequence."""
     needs: ClassVar[tuple[str, ...]] = ()
     """What its router gives to ``forward`` by keyword, besides the routing: context of the call,
-    such as ``task_ids``, None where the call brings none; or ``router``, the router itself."""
+    such as ``task_ids`` or ``valid_mask``, None where the call brings none; or ``router``, the
+    router itself."""
 
     def __init__(self, weight: float) -> None:
         super().__init__()
@@ -146,6 +147,24 @@ def probabilities(logits: Tensor, valid_mask: Tensor | None = None) -> Tensor:
     """The softmax, and rows of 0 for tokens without one."""
     log_p, live, _ = log_probs(logits, valid_mask)
     return torch.where(live.unsqueeze(-1), log_p.exp(), 0)
+
+
+def ids_of_tokens(caller: str, task_ids: Tensor | None, shape: torch.Size) -> Tensor:
+    """A task per token of ``shape``, of ids that have it or leading dimensions of it."""
+    if task_ids is None:
+        raise ValueError(
+            f"{caller}: expected task_ids, got none. Pass them by keyword to the router"
+        )
+    if (
+        task_ids.is_floating_point()
+        or task_ids.dtype == torch.bool
+        or task_ids.shape != shape[: task_ids.dim()]
+    ):
+        raise ValueError(
+            f"{caller}: expected task_ids in integers of shape {list(shape)}, or leading "
+            f"dimensions of it, got {task_ids.dtype} of shape {list(task_ids.shape)}"
+        )
+    return task_ids[(..., *[None] * (len(shape) - task_ids.dim()))].expand(shape)
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:

@@ -7,7 +7,13 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from torch_routers.losses.base import full_precision, matmul, probabilities, valid_tokens
+from torch_routers.losses.base import (
+    full_precision,
+    ids_of_tokens,
+    matmul,
+    probabilities,
+    valid_tokens,
+)
 from torch_routers.losses.ranks import GroupLoss
 from torch_routers.routing import Routing
 
@@ -42,17 +48,8 @@ def task_scores(
     shape = probs.shape[:-1]
     if num_tasks < 1:
         raise ValueError(f"task_scores: expected num_tasks >= 1, got {num_tasks}")
-    if (
-        task_ids.is_floating_point()
-        or task_ids.dtype == torch.bool
-        or task_ids.shape != shape[: task_ids.dim()]
-    ):
-        raise ValueError(
-            f"task_scores: expected task_ids in integers of shape {list(shape)}, or leading "
-            f"dimensions of it, got {task_ids.dtype} of shape {list(task_ids.shape)}"
-        )
+    ids = ids_of_tokens("task_scores", task_ids, shape)
     probs, valid = full_precision(probs), valid_tokens(probs, valid_mask)
-    ids = task_ids[(..., *[None] * (len(shape) - task_ids.dim()))].expand(shape)
     valid = valid & (ids >= 0) & (ids < num_tasks)
     tasks = torch.arange(num_tasks, device=ids.device)
     members = (ids.unsqueeze(-1) == tasks) & valid.unsqueeze(-1)
@@ -151,14 +148,10 @@ class MutualInformationLoss(GroupLoss):
         self.num_tasks, self.eps = num_tasks, eps
 
     def forward(self, routing: Routing, task_ids: Tensor | None = None) -> Tensor:
-        if task_ids is None:
-            raise ValueError(
-                "MutualInformationLoss: expected task_ids, got none. Pass them by keyword to the "
-                "router"
-            )
         logits, chosen = self.logits_of(routing)
+        ids = ids_of_tokens("MutualInformationLoss", task_ids, chosen.shape)
         probs = probabilities(logits, chosen)
-        scores = task_scores(probs, task_ids, self.num_tasks, valid_mask=chosen)
+        scores = task_scores(probs, ids, self.num_tasks, valid_mask=chosen)
         if self.scope == "group" and self.is_distributed:
             scores = self._of_group(scores)
         return mutual_information_loss(scores, eps=self.eps)

@@ -1,17 +1,20 @@
 """Losses of LoRA mixtures: routers sure of their experts, experts that stay what they were."""
 
-from collections.abc import Iterable
-from typing import Literal
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
 from torch_routers import ops
 from torch_routers.losses.balance import first_choices
-from torch_routers.losses.base import RouterLoss, full_precision, log_probs
+from torch_routers.losses.base import RouterLoss, full_precision, ids_of_tokens, log_probs
 from torch_routers.losses.entropy import entropy
 from torch_routers.registry import check_choice
 from torch_routers.routing import Routing
+
+if TYPE_CHECKING:
+    from torch_routers.routers import Router
 
 USAGES = ("top1", "topk")
 ENTROPY_SIGNS = ("penalty", "paper")
@@ -147,6 +150,74 @@ def route_label(logits: Tensor, labels: Tensor, *, valid_mask: Tensor | None = N
     log_p, live, tokens = log_probs(logits, labelled)
     of_tokens = log_p.gather(-1, torch.where(live, labels, 0).long().unsqueeze(-1)).squeeze(-1)
     return -torch.where(live, of_tokens, 0).sum() / tokens
+
+
+class RouteLabelLoss(RouterLoss):
+    r"""`route_label` of one router, whose labels are the experts of the tasks of its tokens.
+
+    The router has to be called with ``task_ids``, one per token or one for what is behind the
+    leading dimensions that they have: ``router(x, task_ids=ids)``, or the same by keyword to the
+    `MoE` around it. A label is what the router is to learn, whatever it chose: the loss is of all
+    real tokens that have one, and of the softmax of the logits, also where the weights are another
+    function of them, or none, as in mode ``"hard"`` of `SoftRouter`.
+
+    Args:
+        weight: the factor in the objective.
+        experts_of_tasks: the expert of each task, -1 for none: task :math:`i` has that of place
+            :math:`i`. Default: that of its own number. Tokens of other tasks have no label.
+
+    Raises:
+        ValueError: an argument that does not fit, an expert that the router does not have, a call
+            without task ids, or a routing without logits.
+
+    >>> loss = RouteLabelLoss(1.0, experts_of_tasks=[3, 3, 0])
+    >>> routing = Routing(torch.ones(2, 4), logits=torch.zeros(2, 4))
+    >>> loss(routing, task_ids=torch.tensor([2, 1]))  # ln 4
+    tensor(1.3863)
+
+    Called by hand, it takes all tokens for real that ``valid_mask`` does not except.
+    """
+
+    name = "route_label"
+    needs = ("task_ids", "valid_mask")
+
+    def __init__(self, weight: float, *, experts_of_tasks: Sequence[int] | None = None) -> None:
+        super().__init__(weight)
+        if experts_of_tasks is not None and (
+            not isinstance(experts_of_tasks, Sequence)
+            or not experts_of_tasks
+            or any(type(expert) is not int or expert < -1 for expert in experts_of_tasks)
+        ):
+            raise ValueError(
+                "RouteLabelLoss: expected experts_of_tasks in a list of integers >= -1, one per "
+                f"task, got {experts_of_tasks!r}"
+            )
+        self.experts_of_tasks = None if experts_of_tasks is None else list(experts_of_tasks)
+
+    def bind(self, router: "Router") -> None:
+        self._check_experts(router.num_experts)
+
+    def forward(
+        self,
+        routing: Routing,
+        task_ids: Tensor | None = None,
+        valid_mask: Tensor | None = None,
+    ) -> Tensor:
+        logits, _ = self.logits_of(routing)
+        labels = ids_of_tokens("RouteLabelLoss", task_ids, logits.shape[:-1])
+        if self.experts_of_tasks is not None:
+            self._check_experts(logits.shape[-1])
+            experts = torch.tensor(self.experts_of_tasks, device=labels.device)
+            known = (labels >= 0) & (labels < len(experts))
+            labels = torch.where(known, experts[torch.where(known, labels, 0).long()], -1)
+        return route_label(logits, labels, valid_mask=valid_mask)
+
+    def _check_experts(self, num_experts: int) -> None:
+        if self.experts_of_tasks is not None and max(self.experts_of_tasks) >= num_experts:
+            raise ValueError(
+                "RouteLabelLoss: expected experts_of_tasks in [-1, num_experts="
+                f"{num_experts}), got {self.experts_of_tasks}"
+            )
 
 
 def expert_preservation(parameters: Iterable[Tensor], reference: Iterable[Tensor]) -> Tensor:

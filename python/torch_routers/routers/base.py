@@ -118,7 +118,7 @@ class Router(Configurable, nn.Module):
         if context.get("group_offsets") is not None:
             routing = routing._replace(group_offsets=context["group_offsets"])
         if self.training and self.losses:
-            routing = self._deliver(routing, context)
+            routing = self._deliver(routing, {**context, "valid_mask": valid_mask})
         if self.training and self._measure is not None:
             weights = Count.apply(routing.weights, self._measure(self, routing), self._load)
             routing = routing._replace(weights=weights)
