@@ -120,7 +120,7 @@ def _task(
     name: str, examples: Sequence[Example], tokenizer, limits: dict[str, int], length: int
 ) -> Task:
     classes = list(dict.fromkeys(example.label for example in examples))
-    parts = _split(examples)
+    parts = split_examples(examples)
     tokens, labels = {}, {}
     for split in SPLITS:
         texts = [parts[split, label] for label in classes]
@@ -137,7 +137,7 @@ def _task(
     return Task(name, classes, tokens, labels)
 
 
-def _split(examples: Sequence[Example]) -> dict[tuple[str, str], list[str]]:
+def split_examples(examples: Sequence[Example]) -> dict[tuple[str, str], list[str]]:
     """Texts by split and label, ordered by their hashes; without those that have two labels."""
     labels, groups = defaultdict(set), {}
     for text, label, group in examples:
