@@ -209,6 +209,32 @@ def draw_entmax() -> plt.Figure:
     return figure
 
 
+def draw_soft() -> plt.Figure:
+    """The weights of one token in the four modes; and their gradients."""
+    figure, axes = plt.subplots(1, 2, figsize=(9, 2.9))
+    token = torch.tensor([[1.2, 0.7, 0.1, -0.3, -0.9]])
+    factors = torch.tensor([0.3, -1.0, 0.6, 1.0, -0.4])  # what the task would have of each expert
+    router = tr.SoftRouter(5, 5, top_k=2)
+    router.weight.data = torch.eye(5)
+    labels = torch.tensor([2])
+    modes = ("soft", GREY), ("soft_topk", BLUE), ("st_topk", ORANGE), ("hard", "black")
+    for i, (mode, color) in enumerate(modes):
+        router.mode = mode
+        logits = token.clone().requires_grad_()
+        weights = router(logits, task_ids=labels).weights
+        (slope,) = torch.autograd.grad((weights * factors).sum(), logits)
+        places = [e + 0.2 * i for e in range(5)]
+        axes[0].bar(places, weights[0].detach(), 0.2, color=color, label=mode)
+        axes[1].bar(places, slope[0], 0.2, color=color)
+    axes[0].set(title="weights of one token, label 2", xlabel="expert")
+    axes[1].set(title="gradient of its logits", xlabel="expert")
+    axes[1].axhline(0, color="black", linewidth=0.6)
+    axes[0].legend(frameon=False, fontsize=8)
+    for axis in axes:
+        axis.set_xticks([e + 0.3 for e in range(5)], range(5))
+    return figure
+
+
 def draw_relu() -> plt.Figure:
     """From the logits of one token to its weights; and the experts of neighbouring tokens."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 2.9), width_ratios=[1, 1.2])
@@ -251,6 +277,7 @@ def main() -> None:
         draw_adaptive_k,
         draw_entmax,
         draw_relu,
+        draw_soft,
     ):
         figure = draw()
         for axes in figure.axes:

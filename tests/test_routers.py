@@ -473,8 +473,8 @@ def test_refuses_what_no_router_knows(case):
     router, context, name = case.router(), case.context((2, 3)), type(case.router()).__name__
     with pytest.raises(ValueError, match=f"{name}: expected context among .*, got 'token_idx'"):
         router(inputs(2, 3), **context, token_idx=torch.zeros(2, 3))
-    facts = {"row_ids": torch.arange(6), "task_ids": torch.zeros(2)}
-    assert_same_bits(router(inputs(2, 3), **context, **facts), router(inputs(2, 3), **context))
+    facts = {"row_ids": torch.arange(6), "task_ids": torch.zeros(2)} | context
+    assert_same_bits(router(inputs(2, 3), **facts), router(inputs(2, 3), **context))
     for x in torch.zeros(()), torch.zeros(2, 3, HIDDEN, dtype=torch.int64):
         with pytest.raises(ValueError, match=f"{name}: expected x in a floating dtype of shape"):
             router(x, **context)

@@ -596,6 +596,18 @@ def test_usage_is_of_first_choices_or_of_all_slots():
     assert_close(paper, expected(torch.tensor([2, 1, 1]), entropy_sign="paper"))
 
 
+def test_without_slots_the_first_choice_is_the_largest_logit():
+    z, mask = double(*P).log(), torch.tensor([True, True, False, True])
+    router = tr.SoftRouter(3, 3).double()
+    router.weight.data = torch.eye(3, dtype=torch.float64)
+    dense = router(z, valid_mask=mask)
+    expected = losses.specialization_loss(z, torch.tensor([1, 1, 1]), valid_mask=mask)
+    assert_close(losses.SpecializationLoss(1.0)(dense), expected)
+    counts = torch.tensor([3, 3, 3])
+    expected = losses.specialization_loss(z, counts, valid_mask=mask)
+    assert_close(losses.SpecializationLoss(1.0, usage="topk")(dense), expected)
+
+
 def test_the_penalty_makes_tokens_certain_and_the_formula_of_the_paper_does_not():
     z = torch.tensor([[1.0, 0.0, -1.0]], requires_grad=True)
     before, after = losses.entropy(z), {}
@@ -614,14 +626,6 @@ def test_specialization_says_what_is_wrong():
     said = r"^SpecializationLoss: expected usage among \['top1', 'topk'\], got 'top2'$"
     with pytest.raises(ValueError, match=said):
         losses.SpecializationLoss(1.0, usage="top2")
-    said = (
-        '^SpecializationLoss: expected a routing with slots for usage="top1", got one with a '
-        'weight for every expert. Use usage="topk"$'
-    )
-    with pytest.raises(ValueError, match=said):
-        tr.EntropyRouter(6, 4, losses=[losses.SpecializationLoss(1.0)])(torch.randn(3, 6))
-    dense = tr.EntropyRouter(6, 4, losses=[losses.SpecializationLoss(1.0, usage="topk")])
-    assert dense(torch.randn(3, 6)).aux_loss > 0
 
 
 # ---- labels, preservation ------------------------------------------------------------------------

@@ -4,7 +4,7 @@
 from torch_routers import _library  # noqa: F401  (first: everything needs its operators)
 
 # isort: on
-from torch_routers import losses, metrics, ops
+from torch_routers import lora, losses, metrics, ops
 from torch_routers.balancing import BalanceController, QuantileController, parameter_groups
 from torch_routers.delivery import attach, collect, follow_inputs
 from torch_routers.layers import (
@@ -34,6 +34,7 @@ from torch_routers.routers import (
     Router,
     RouterTraits,
     SMEARRouter,
+    SoftRouter,
     TopKRouter,
     TopPRouter,
     calibrate_thresholds,
@@ -69,6 +70,7 @@ __all__ = [
     "Routing",
     "SMEARRouter",
     "SoftMergedExperts",
+    "SoftRouter",
     "SwiGLU",
     "SwiGLUExperts",
     "TopKRouter",
@@ -84,6 +86,7 @@ __all__ = [
     "from_config",
     "list_presets",
     "list_routers",
+    "lora",
     "losses",
     "metrics",
     "ops",

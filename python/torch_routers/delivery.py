@@ -14,10 +14,11 @@ Nothing here is global: a sink, a scale or a source of context belongs to the ro
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -289,8 +290,27 @@ class Count(torch.autograd.Function):
 class Inputs:
     """Where routers deep inside a model find what its root was called with."""
 
-    def __init__(self) -> None:
+    def __init__(self, names: Iterable[str] = ()) -> None:
         self.context: dict[str, Tensor] = {}
+        self._names = tuple(names)  # of what the root takes, in order
+
+    def note(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple:
+        """The hook before a call of the root; a method, so that it is copied with the model."""
+        given = {**dict(zip(self._names, args)), **kwargs}
+        ids = given.get("input_ids", args[0] if args else None)
+        tokens = ids if ids is not None else given.get("inputs_embeds")
+        mask = given.get("attention_mask")
+        context = {}
+        if isinstance(ids, Tensor) and not ids.is_floating_point():
+            context["token_ids"] = ids
+        if isinstance(mask, Tensor) and mask.dim() == 2 and tokens is not None:
+            context["valid_mask"] = mask[:, -tokens.shape[1] :].bool()  # the rest is the cache's
+        tasks = kwargs.get("routing_task_ids")
+        if isinstance(tasks, Tensor):
+            per_sample = tasks.dim() == 1 and tokens is not None
+            context["task_ids"] = tasks[:, None].expand(tokens.shape[:2]) if per_sample else tasks
+        self.context = context
+        return args, {name: value for name, value in kwargs.items() if name != "routing_task_ids"}
 
     def of_tokens(self, shape: torch.Size) -> dict[str, Tensor]:
         """The context for a router whose input has this shape: often the tokens are flattened."""
@@ -322,25 +342,9 @@ def follow_inputs(model: nn.Module) -> RemovableHandle:
             "follow_inputs: expected a model that is not compiled, got an OptimizedModule. "
             "Call it before torch.compile"
         )
-    inputs = Inputs()
+    inputs = Inputs(inspect.signature(model.forward).parameters)
     routers = routers_of(model, "follow_inputs")
     for router in routers.values():
         router._inputs = inputs
 
-    def hook(module, args, kwargs):
-        ids = kwargs.get("input_ids", args[0] if args else None)
-        tokens = ids if ids is not None else kwargs.get("inputs_embeds")
-        mask = kwargs.get("attention_mask")
-        context = {}
-        if isinstance(ids, Tensor) and not ids.is_floating_point():
-            context["token_ids"] = ids
-        if isinstance(mask, Tensor) and mask.dim() == 2 and tokens is not None:
-            context["valid_mask"] = mask[:, -tokens.shape[1] :].bool()  # the rest is the cache's
-        tasks = kwargs.get("routing_task_ids")
-        if isinstance(tasks, Tensor):
-            per_sample = tasks.dim() == 1 and tokens is not None
-            context["task_ids"] = tasks[:, None].expand(tokens.shape[:2]) if per_sample else tasks
-        inputs.context = context
-        return args, {name: value for name, value in kwargs.items() if name != "routing_task_ids"}
-
-    return model.register_forward_pre_hook(hook, with_kwargs=True)
+    return model.register_forward_pre_hook(inputs.note, with_kwargs=True)

@@ -6,6 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from torch_routers import ops
 from torch_routers.losses.balance import first_choices
 from torch_routers.losses.base import RouterLoss, full_precision, log_probs
 from torch_routers.losses.entropy import entropy
@@ -72,13 +73,13 @@ class SpecializationLoss(RouterLoss):
 
     Args:
         weight: the factor in the objective, :math:`\alpha` of the paper.
-        usage: what :math:`f` counts: ``"top1"``, first choices, slot 0; or ``"topk"``, all slots.
+        usage: what :math:`f` counts: ``"top1"``, first choices: slot 0, or without slots the
+            largest logit; or ``"topk"``, all slots.
         entropy_weight: the paper's :math:`\lambda` over its :math:`\alpha`.
         entropy_sign: as in `specialization_loss`.
 
     Raises:
-        ValueError: an argument that does not fit, a routing without logits, or one without slots
-            where ``usage="top1"``.
+        ValueError: an argument that does not fit, or a routing without logits.
     """
 
     name = "specialization"
@@ -100,11 +101,8 @@ class SpecializationLoss(RouterLoss):
         logits, chosen = self.logits_of(routing)
         counts, choice = routing.counts, routing.choice()
         if self.usage == "top1":
-            if choice is None:
-                raise ValueError(
-                    'SpecializationLoss: expected a routing with slots for usage="top1", got one '
-                    'with a weight for every expert. Use usage="topk"'
-                )
+            if choice is None:  # a weight for every expert: of those that see the token, the best
+                choice = ops.topk_select(logits.detach(), 1, valid_mask=chosen)
             counts = first_choices(choice, routing.num_experts)
         return specialization_loss(
             logits,

@@ -7,6 +7,7 @@ from torch_routers.ops.gate import Statistics, gate, topk_gate, topk_select
 from torch_routers.ops.grouped_linear import grouped_linear
 from torch_routers.ops.gru_cell import gru_cell
 from torch_routers.ops.limit_capacity import expert_capacity, limit_capacity
+from torch_routers.ops.lora_mix import lora_mix
 from torch_routers.ops.merged_linear import merged_linear
 from torch_routers.ops.plan import Plan
 from torch_routers.ops.quantile_dual import quantile_dual
@@ -32,6 +33,7 @@ __all__ = [
     "grouped_linear",
     "gru_cell",
     "limit_capacity",
+    "lora_mix",
     "merged_linear",
     "permute_tokens",
     "quantile_dual",

@@ -14,6 +14,7 @@ from torch_routers.routers.recurrent import (
 )
 from torch_routers.routers.relu import ReLURouter
 from torch_routers.routers.smear import SMEARRouter
+from torch_routers.routers.soft import SoftRouter
 from torch_routers.routers.topk import TopKRouter
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "Router",
     "RouterTraits",
     "SMEARRouter",
+    "SoftRouter",
     "TopKRouter",
     "TopPRouter",
     "calibrate_thresholds",

@@ -1,0 +1,250 @@
+"""What is on, what is trained, and which experts there are."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from torch_routers.lora.inject import configs_of, layers_of, scopes_of
+from torch_routers.lora.linear import RoutedLoraLinear
+from torch_routers.lora.scope import RoutingScope
+from torch_routers.registry import from_config
+from torch_routers.routers import Router
+
+
+def set_mix(model: nn.Module, mix: str | None) -> None:
+    """Make one mixture of a model the active one; None: the base model alone.
+
+    Raises:
+        ValueError: the model has no such mixture.
+    """
+    if mix is not None:
+        layers_of(model, mix, "set_mix")
+    for layer in layers_of(model, caller="set_mix").values():
+        layer.active_mix = mix if mix in layer.routed_A else None
+
+
+@contextmanager
+def disable(model: nn.Module) -> Iterator[nn.Module]:
+    """The base model, to the bit, inside the block: as the reference of DPO needs it."""
+    layers = layers_of(model, caller="disable").values()
+    active = [layer.active_mix for layer in layers]
+    try:
+        for layer in layers:
+            layer.active_mix = None
+        yield model
+    finally:
+        for layer, mix in zip(layers, active):
+            layer.active_mix = mix
+
+
+def force(model: nn.Module, expert: str, mix: str = "default") -> AbstractContextManager[nn.Module]:
+    """One expert alone, with weight 1, inside the block; no router is asked.
+
+    Raises:
+        ValueError: the mixture has no such expert.
+    """
+    number = _number_of(model, expert, mix, "force")
+    return _forced(model, scopes_of(model, "force", mix), number)
+
+
+@contextmanager
+def _forced(model: nn.Module, scopes: list[RoutingScope], number: int) -> Iterator[nn.Module]:
+    before = [scope.forced for scope in scopes]
+    try:
+        for scope in scopes:
+            scope.forced = number
+        yield model
+    finally:
+        for scope, value in zip(scopes, before):
+            scope.forced = value
+
+
+# ---- what is trained -----------------------------------------------------------------------------
+
+
+def set_trainable(
+    model: nn.Module,
+    *,
+    experts: Sequence[str] | bool = True,
+    router: bool = True,
+    mix: str = "default",
+) -> None:
+    """Say which parts of a mixture are trained; the others are frozen, until the next call.
+
+    Args:
+        experts: their names; True: all, False: none.
+        router: whether routers are trained.
+
+    Raises:
+        ValueError: an expert that the mixture does not have.
+    """
+    layers = layers_of(model, mix, "set_trainable")
+    known = _experts(layers, mix)
+    chosen = known if experts is True else list(experts or ())
+    for expert in chosen:
+        _number_of(model, expert, mix, "set_trainable")
+    for layer in layers.values():
+        for expert in layer.experts(mix):
+            for factor in _factors(layer, mix, expert):
+                factor.requires_grad_(expert in chosen)
+        for of_owner in layer.routed_gate, layer.routed_tasks:
+            if mix in of_owner:
+                of_owner[mix].requires_grad_(router)
+
+
+def expert_parameters(
+    model: nn.Module, experts: Sequence[str] | None = None, mix: str = "default"
+) -> list[nn.Parameter]:
+    """The factors of some experts, or of all, such as for `losses.expert_preservation`."""
+    layers = layers_of(model, mix, "expert_parameters")
+    return [
+        factor
+        for layer in layers.values()
+        for expert in (layer.experts(mix) if experts is None else experts)
+        for factor in _factors(layer, mix, expert)
+    ]
+
+
+def trainable_parameters(model: nn.Module) -> dict[str, int]:
+    """Numbers of parameters: ``trainable``, ``all``, and of those trained ``routers``, ``experts``.
+
+    ``frozen_experts`` are those of experts that are not trained.
+    """
+    counts = dict.fromkeys(("trainable", "all", "routers", "experts", "frozen_experts"), 0)
+    for parameter in model.parameters():
+        counts["all"] += parameter.numel()
+        counts["trainable"] += parameter.numel() * parameter.requires_grad
+    seen: set[nn.Parameter] = set()
+    for layer in layers_of(model, caller="trainable_parameters").values():
+        of_experts = [*layer.routed_A.parameters(), *layer.routed_B.parameters()]
+        of_routers = [*layer.routed_gate.parameters(), *layer.routed_tasks.parameters()]
+        for parameter in of_experts:
+            name = "experts" if parameter.requires_grad else "frozen_experts"
+            counts[name] += parameter.numel()
+        for parameter in of_routers:
+            if parameter.requires_grad and parameter not in seen:
+                counts["routers"] += parameter.numel()
+        seen.update(of_routers)
+    return counts
+
+
+def print_trainable_parameters(model: nn.Module) -> None:
+    """Print them in PEFT's format, and what is trained of routers and experts below."""
+    counts = trainable_parameters(model)
+    share = 100 * counts["trainable"] / max(1, counts["all"])
+    print(
+        f"trainable params: {counts['trainable']:,d} || all params: {counts['all']:,d} || "
+        f"trainable%: {share:.4f}"
+    )
+    print(
+        f"routers: {counts['routers']:,d} || experts: {counts['experts']:,d} || "
+        f"frozen experts: {counts['frozen_experts']:,d}"
+    )
+
+
+# ---- which experts there are ---------------------------------------------------------------------
+
+
+def add_expert(
+    model: nn.Module, expert: str, mix: str = "default", *, rank: int | None = None
+) -> None:
+    """Add an expert that does nothing yet, behind the others; routers get a row for it.
+
+    The row is a fresh one, so that the new expert is chosen now and then; what the router knew of
+    the others stays.
+
+    Args:
+        rank: of its factors. Default: that of the configuration.
+
+    Raises:
+        ValueError: a name that is in use, or a router that cannot grow.
+    """
+    layers = layers_of(model, mix, "add_expert")
+    known, config = _experts(layers, mix), configs_of(model)[mix]
+    if expert in known:
+        raise ValueError(f"add_expert: expected a new name of an expert, got {expert!r}")
+    rank = config.r if rank is None else rank
+    scaling = config.lora_alpha / (rank**0.5 if config.use_rslora else rank)
+    _resize_routers(model, mix, [*range(len(known))], added=1)
+    for layer in layers.values():
+        layer.add_expert(mix, expert, rank, scaling)
+        layer.reset_expert(mix, expert, config.init_lora_weights)
+    _rename(model, mix, [*known, expert])
+
+
+def remove_expert(model: nn.Module, expert: str, mix: str = "default") -> None:
+    """Take an expert out of a mixture, and its row out of the routers.
+
+    Raises:
+        ValueError: there is no such expert, it is the last one, or a router cannot shrink.
+    """
+    number = _number_of(model, expert, mix, "remove_expert")
+    layers = layers_of(model, mix, "remove_expert")
+    known = _experts(layers, mix)
+    if len(known) == 1:
+        raise ValueError(f"remove_expert: expected another expert besides {expert!r}, got none")
+    _resize_routers(model, mix, [e for e in range(len(known)) if e != number], added=0)
+    for layer in layers.values():
+        del layer.routed_A[mix][expert], layer.routed_B[mix][expert]
+        del layer.scaling[mix][expert]
+    _rename(model, mix, [name for name in known if name != expert])
+
+
+def _rename(model: nn.Module, mix: str, experts: list[str]) -> None:
+    config = dataclasses.replace(
+        configs_of(model)[mix], num_experts=len(experts), expert_names=experts, ranks=None
+    )
+    model.routed_lora = {**configs_of(model), mix: config}
+
+
+def _resize_routers(model: nn.Module, mix: str, kept: list[int], added: int) -> None:
+    """Builds every router anew for other experts, and hands on what it knew of those that stay."""
+    scopes = scopes_of(model, "lora", mix)
+    resized = [_resized(scope.router, kept, added) for scope in scopes]
+    for scope, router in zip(scopes, resized):
+        for layer in layers_of(model, mix).values():
+            if mix in layer.routed_gate and layer.routed_gate[mix] is scope.router:
+                layer.routed_gate[mix] = router
+        router._inputs = scope.router._inputs
+        scope.router = router
+
+
+def _resized(router: Router, kept: list[int], added: int) -> Router:
+    config = router.config() | {"num_experts": len(kept) + added}
+    result = from_config(config).train(router.training)
+    old, new = router.state_dict(), result.state_dict()
+    merged = {}
+    for name, value in old.items():
+        fresh, of_experts = new[name], value.shape[:1] == (router.num_experts,)
+        if not of_experts and fresh.shape != value.shape:
+            raise ValueError(
+                f"lora: expected a router whose state has experts in the first dimension, got "
+                f"{name} {list(value.shape)} of {type(router).__name__}"
+            )
+        if not of_experts:
+            merged[name] = value
+            continue
+        rows = fresh[len(kept) :].to(value)
+        merged[name] = torch.cat([value[kept], rows])
+    result.load_state_dict(merged, assign=True)
+    for parameter, before in zip(result.parameters(), router.parameters()):
+        parameter.requires_grad_(before.requires_grad)
+    return result
+
+
+def _number_of(model: nn.Module, expert: str, mix: str, caller: str) -> int:
+    known = _experts(layers_of(model, mix, caller), mix)
+    if expert not in known:
+        raise ValueError(f"{caller}: expected an expert among {known}, got {expert!r}")
+    return known.index(expert)
+
+
+def _experts(layers: dict[str, RoutedLoraLinear], mix: str) -> list[str]:
+    return next(iter(layers.values())).experts(mix)
+
+
+def _factors(layer: RoutedLoraLinear, mix: str, expert: str) -> tuple[Tensor, Tensor]:
+    return layer.routed_A[mix][expert].weight, layer.routed_B[mix][expert].weight
