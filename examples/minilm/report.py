@@ -46,16 +46,19 @@ def table_markdown(
     """
     seeds = len(settings.seeds)
     noted = f", ± the standard deviation over {seeds} seeds" if seeds > 1 else ", one seed"
+    names = [task.name for task in tasks]
     parts = [
         "# Four tasks, one encoder",
         f"Accuracy on test text in percent{noted}. {settings.steps} steps of {settings.batch} "
         "examples of each task.",
         _table(
-            ["method", *(task.name for task in tasks), "mean", f"to {BASELINE}"],
-            [_accuracy_line(name, row, rows.get(BASELINE), tasks) for name, row in rows.items()],
+            ["method", *names, "mean"],
+            [
+                [f"`{name}`", *(spread(v).text(1) for v in _of_tasks(row, names))]
+                for name, row in rows.items()
+            ],
         ),
-        f"Last column: the difference of the means to `{BASELINE}`, paired by seed, ± half of its "
-        "95 % interval (Student's t): 0 is inside unless the difference is the larger number.",
+        *_differences(rows, names),
         _table(
             ["method", "learning rate", "MI, bits", "trained, k", "CPU s"],
             [_cost_line(name, row) for name, row in rows.items()],
@@ -73,17 +76,26 @@ def table_markdown(
     return "\n\n".join(parts) + "\n"
 
 
-def _accuracy_line(
-    name: str, row: Sequence[Record], baseline: Sequence[Record] | None, tasks: Sequence[Task]
-) -> list[str]:
-    found = None
-    if baseline is not None and name != BASELINE:
-        found = difference(means(row), means(baseline))
+def _of_tasks(row: Sequence[Record], names: Sequence[str]) -> list[list[float]]:
+    """The accuracies of each task, then the means; of each seed."""
+    return [*(accuracies(row, name) for name in names), means(row)]
+
+
+def _differences(rows: Rows, names: Sequence[str]) -> list[str]:
+    """To the baseline, paired by seed; nothing where one seed shows no spread."""
+    baseline = rows.get(BASELINE)
+    others = {name: row for name, row in rows.items() if name != BASELINE}
+    if baseline is None or len(baseline) < 2 or not others:
+        return []
+    lines = []
+    for name, row in others.items():
+        pairs = zip(_of_tasks(row, names), _of_tasks(baseline, names), strict=True)
+        found = [difference(*pair) for pair in pairs]
+        lines.append([f"`{name}`", *(f"{d.mean:+.1f} ± {d.margin:.1f}" for d in found)])
     return [
-        f"`{name}`",
-        *(spread(accuracies(row, task.name)).text(1) for task in tasks),
-        spread(means(row)).text(1),
-        NOTHING if found is None else f"{found.mean:+.1f} ± {found.margin:.1f}",
+        f"Differences to `{BASELINE}`, paired by seed, ± half of the 95 % interval over "
+        f"{len(baseline)} seeds (Student's t). They tell about other seeds, not about other text.",
+        _table(["method", *names, "mean"], lines),
     ]
 
 
