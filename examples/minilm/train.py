@@ -52,6 +52,7 @@ def train_cell(cell: dict[str, Any], settings: Settings, tasks: Sequence[Task]) 
         trained |= {parameter for parameter in model.parameters() if parameter.requires_grad}
         optimizer.zero_grad()
         _loss(model, *batch).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
     cpu_seconds = time.process_time() - start
