@@ -527,6 +527,11 @@ def test_experts_come_and_go(scope):
     with pytest.raises(ValueError, match="remove_expert: expected an expert among"):
         tr.lora.remove_expert(model, "0")
     tr.lora.remove_expert(model, "1")
+    tr.lora.add_expert(model, "small", rank=2)
+    assert model.layers[0].mlp.up_proj.routed_A["default"]["small"].weight.shape == (2, HIDDEN)
+    assert model.layers[0].mlp.up_proj.scaling["default"] == {"2": 2.0, "small": 4.0}
+    assert model.routed_lora["default"].ranks == [4, 2]
+    tr.lora.remove_expert(model, "small")
     with pytest.raises(ValueError, match="remove_expert: expected another expert besides '2'"):
         tr.lora.remove_expert(model, "2")
 

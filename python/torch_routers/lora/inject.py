@@ -11,9 +11,9 @@ from torch.utils.hooks import RemovableHandle
 
 from torch_routers.lora.config import RoutedLoraConfig
 from torch_routers.lora.linear import RoutedLoraLinear, features_of
-from torch_routers.lora.matching import InjectionReport, match_modules
+from torch_routers.lora.matching import InjectionReport, linear_features, match_modules
 from torch_routers.lora.scope import RoutingScope
-from torch_routers.registry import create_router, from_config
+from torch_routers.registry import check_choice, create_router, from_config
 from torch_routers.routers import Router
 
 
@@ -45,6 +45,7 @@ def inject(model: nn.Module, config: RoutedLoraConfig, mix: str = "default") -> 
     """
     if mix in configs_of(model):
         raise ValueError(f"inject: expected a new name of a mixture, got {mix!r}")
+    check_choice("inject", "mix of config", config.mix, ("product",))
     report = match_modules(model, config)
     _freeze(model, config)
     names = dict(model.named_modules())
@@ -280,10 +281,5 @@ def _make_router(config: RoutedLoraConfig, hidden_size: int) -> Router:
 
 def _first_linear(model: nn.Module, container: str) -> nn.Module:
     """The layer that sees what its container sees: the first one that is linear."""
-    for module in model.get_submodule(container).modules():
-        try:
-            features_of(module)
-        except ValueError:
-            continue
-        return module
-    raise ValueError(f"inject: expected a linear layer in {container!r}, got none")
+    modules = model.get_submodule(container).modules()
+    return next(module for module in modules if linear_features(module) is not None)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torch_routers import ops
+from torch_routers.lora.matching import linear_features
 from torch_routers.lora.scope import RoutingScope
 
 
@@ -189,15 +190,10 @@ class RoutedLoraLinear(nn.Module):
 
 def features_of(layer: nn.Module) -> tuple[int, int]:
     """``in_features`` and ``out_features`` of a layer that is linear, or works like one."""
-    if isinstance(layer, RoutedLoraLinear):
-        return layer.in_features, layer.out_features
-    features = getattr(layer, "in_features", None), getattr(layer, "out_features", None)
-    if all(isinstance(size, int) for size in features):
-        return features
-    weight = getattr(layer, "weight", None)
-    if hasattr(layer, "nf") and isinstance(weight, Tensor) and weight.dim() == 2:  # Conv1D
-        return weight.shape[0], weight.shape[1]
-    raise ValueError(
-        "RoutedLoraLinear: expected base_layer with in_features and out_features, or a Conv1D, "
-        f"got {type(layer).__name__}"
-    )
+    features = linear_features(layer)
+    if features is None:
+        raise ValueError(
+            "RoutedLoraLinear: expected base_layer with in_features and out_features, or a Conv1D, "
+            f"got {type(layer).__name__}"
+        )
+    return features

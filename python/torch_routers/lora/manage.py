@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, contextmanager
 import torch
 from torch import Tensor, nn
 
+from torch_routers.lora.config import RoutedLoraConfig
 from torch_routers.lora.inject import configs_of, layers_of, scopes_of
 from torch_routers.lora.linear import RoutedLoraLinear
 from torch_routers.lora.scope import RoutingScope
@@ -166,13 +167,14 @@ def add_expert(
     known, config = _experts(layers, mix), configs_of(model)[mix]
     if expert in known:
         raise ValueError(f"add_expert: expected a new name of an expert, got {expert!r}")
-    rank = config.r if rank is None else rank
-    scaling = config.lora_alpha / (rank**0.5 if config.use_rslora else rank)
+    ranks = config.ranks or [config.r] * len(known)
+    config = _with_experts(config, [*known, expert], [*ranks, config.r if rank is None else rank])
     _resize_routers(model, mix, [*range(len(known))], added=1)
-    for layer in layers.values():
-        layer.add_expert(mix, expert, rank, scaling)
+    for name, layer in layers.items():
+        number = len(known)
+        layer.add_expert(mix, expert, config.rank_of(name, number), config.scaling_of(name, number))
         layer.reset_expert(mix, expert, config.init_lora_weights)
-    _rename(model, mix, [*known, expert])
+    model.routed_lora = {**configs_of(model), mix: config}
 
 
 def remove_expert(model: nn.Module, expert: str, mix: str = "default") -> None:
@@ -186,18 +188,36 @@ def remove_expert(model: nn.Module, expert: str, mix: str = "default") -> None:
     known = _experts(layers, mix)
     if len(known) == 1:
         raise ValueError(f"remove_expert: expected another expert besides {expert!r}, got none")
-    _resize_routers(model, mix, [e for e in range(len(known)) if e != number], added=0)
+    config = configs_of(model)[mix]
+    ranks = config.ranks or [config.r] * len(known)
+    kept = [e for e in range(len(known)) if e != number]
+    config = _with_experts(config, [known[e] for e in kept], [ranks[e] for e in kept])
+    _resize_routers(model, mix, kept, added=0)
     for layer in layers.values():
         del layer.routed_A[mix][expert], layer.routed_B[mix][expert]
         del layer.scaling[mix][expert]
-    _rename(model, mix, [name for name in known if name != expert])
-
-
-def _rename(model: nn.Module, mix: str, experts: list[str]) -> None:
-    config = dataclasses.replace(
-        configs_of(model)[mix], num_experts=len(experts), expert_names=experts, ranks=None
-    )
     model.routed_lora = {**configs_of(model), mix: config}
+
+
+def _with_experts(config: RoutedLoraConfig, names: list[str], ranks: list[int]) -> RoutedLoraConfig:
+    """The configuration of other experts; ranks by module and expert are of those before."""
+    listed = [
+        pattern
+        for patterns in (config.rank_pattern, config.alpha_pattern)
+        for pattern, value in patterns.items()
+        if isinstance(value, list)
+    ]
+    if listed:
+        raise ValueError(
+            "lora: expected patterns with a number for all experts, to add or remove one, got "
+            f"lists for {listed}"
+        )
+    return dataclasses.replace(
+        config,
+        num_experts=len(names),
+        expert_names=names,
+        ranks=None if set(ranks) == {config.r} else ranks,
+    )
 
 
 def _resize_routers(model: nn.Module, mix: str, kept: list[int], added: int) -> None:

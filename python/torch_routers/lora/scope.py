@@ -11,8 +11,6 @@ from torch_routers.delivery import require_destination
 from torch_routers.routers import Router
 from torch_routers.routing import Routing
 
-INPUTS = ("token", "sequence", "task", "first_pass")
-
 
 class RoutingScope:
     """One router, and the layers that follow its decision.

@@ -30,8 +30,8 @@ class SoftRouter(Router):
         where ``renormalize`` says so.
     ``"st_topk"``
         the weights of ``"soft_topk"`` with the gradient of :math:`p`, straight through: it reaches
-        the logits of the experts that were left out too. A layer must then know what those would have done, as `lora.RoutedLoraLinear` does; others
-        give them no gradient.
+        the logits of the experts that were left out too. A layer must then know what those would
+        have done, as `lora.RoutedLoraLinear` does; others give them no gradient.
     ``"hard"``
         one expert with weight 1, by label: the expert of the number in ``task_ids``; none for
         another number. The gradient of the router is 0: this is how experts are trained, before
