@@ -42,7 +42,8 @@ def _shared(settings: Settings) -> dict:
 def _lora(settings: Settings) -> RoutedLoraConfig:
     # The last rank is as large as the router that two layers share.
     rank = EXPERTS * settings.rank + EXPERTS // 4
-    return RoutedLoraConfig(**{**_shared(settings), "r": rank, "num_experts": 1})
+    one = {"r": rank, "num_experts": 1, "router": "SoftRouter"}
+    return RoutedLoraConfig(**_shared(settings) | one)
 
 
 def _molora(settings: Settings) -> RoutedLoraConfig:
