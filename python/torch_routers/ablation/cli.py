@@ -37,8 +37,8 @@ def parser() -> argparse.ArgumentParser:
         "--preset",
         choices=PRESETS,
         default="demo",
-        help="quick (60 steps), demo (200 steps, the default) or full (1000 steps, 3 seeds, 3 "
-        "learning rates)",
+        help="quick (60 steps), demo (200 steps, the default) or full (1000 steps, 3 seeds, "
+        "the best of 3 learning rates)",
     )
     result.add_argument(
         "--out", type=Path, default=Path("ablation-results"), help="default: ablation-results"

@@ -16,7 +16,9 @@ class Settings:
 
     steps: int = _option(200, "optimiser steps per model")
     seeds: tuple[int, ...] = _option((0,), "one model per row and seed")
-    learning_rates: tuple[float, ...] = _option((8e-3,), "peaks; the best by validation counts")
+    learning_rates: tuple[float, ...] = _option(
+        (8e-3,), "peaks, tried with the first seed; the best by validation counts"
+    )
     layers: int = _option(4, "transformer blocks")
     hidden_size: int = _option(96, "width of the model")
     heads: int = _option(4, "attention heads")
@@ -64,7 +66,7 @@ PRESETS = {
     "full": Settings(
         steps=1000,
         seeds=(0, 1, 2),
-        learning_rates=(4e-3, 8e-3, 16e-3),
+        learning_rates=(8e-3, 16e-3, 32e-3),
         train_bytes=1_000_000,
         heldout_bytes=100_000,
     ),

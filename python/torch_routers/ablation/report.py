@@ -171,8 +171,8 @@ def table_markdown(
     notes = f" ± is the standard deviation over {seeds} seeds." if seeds > 1 else ""
     if len(rates) > 1:
         notes += (
-            f" Each row has the learning rate, of {_plain(rates)}, that is best for it on the "
-            "validation text."
+            f" Each row has the learning rate, of {_plain(rates)}, that is best for its first seed "
+            "on the validation text."
         )
     domains = [
         Column(domain, lambda row, _, domain=domain: _domain_bits(row, domain))

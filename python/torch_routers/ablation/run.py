@@ -1,7 +1,7 @@
 """All cells of a comparison, row by row; finished ones are not run again."""
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -20,7 +20,7 @@ from torch_routers.ablation.tokens import TokenText
 
 @dataclass(frozen=True)
 class RowResult:
-    """A row with the learning rate that was best for it on the validation text.
+    """A row with the learning rate that was best for its first seed on the validation text.
 
     Args:
         name: of the row.
@@ -51,21 +51,22 @@ def run_rows(
 ) -> Iterator[RowResult]:
     """Yields each row, in order, once its last cell has ended, and shows progress on the way.
 
+    Learning rates, where there are several, are tried with the first seed; the other seeds are
+    trained with the one that is best by then.
+
     Args:
         write: prints a line without disturbing the progress bar.
         jobs: cells that are trained at once.
     """
-    cells = {row.name: _cells(row, settings, data_sha256) for row in rows}
-    missing = [cell for row in cells.values() for cell in row if results.find(cell) is None]
-    finished = sum(map(len, cells.values())) - len(missing)
-    if finished:
-        write(f"{finished} cells are finished already and are not run again (--fresh runs them)")
+    seeds, rates = settings.seeds, settings.learning_rates
+    sweeps = {row.name: _cells(row, settings, data_sha256, seeds[:1], rates) for row in rows}
+    later = len(rows) * (len(seeds) - 1) * settings.steps
     bar = tqdm(
-        total=len(missing) * settings.steps,
+        total=later,
         unit="step",
+        delay=1,
         mininterval=0.5 if sys.stderr.isatty() else 10,
         dynamic_ncols=True,
-        disable=not missing,
     )
 
     def on_step(cell: Cell, bits: float) -> None:
@@ -74,12 +75,33 @@ def run_rows(
         bar.set_postfix_str(f"{bits:.2f} bits/byte", refresh=False)
         bar.update()
 
-    records = run_cells(missing, rows, settings, text, jobs=jobs, on_step=on_step)
-    with bar, closing(records):
-        for row in rows:
-            while any(results.find(cell) is None for cell in cells[row.name]):
-                results.add(next(records))
-            yield _choose(row, [results.find(cell) for cell in cells[row.name]])
+    def run(cells: dict[str, list[Cell]]) -> Iterator[Row]:
+        """Trains what is missing; yields each row, in order, once all its cells are there."""
+        missing = [cell for row in cells.values() for cell in row if results.find(cell) is None]
+        finished = sum(map(len, cells.values())) - len(missing)
+        if finished:
+            write(
+                f"{finished} cells are finished already and are not run again (--fresh runs them)"
+            )
+        bar.total += len(missing) * settings.steps
+        with closing(run_cells(missing, rows, settings, text, jobs=jobs, on_step=on_step)) as new:
+            for row in rows:
+                while any(results.find(cell) is None for cell in cells[row.name]):
+                    results.add(next(new))
+                yield row
+
+    with bar:
+        chosen = dict.fromkeys(sweeps, rates[0])
+        if len(rates) > 1:
+            for row in run(sweeps):
+                chosen[row.name] = _best(results.find(cell) for cell in sweeps[row.name])
+        bar.total -= later
+        cells = {
+            row.name: _cells(row, settings, data_sha256, seeds, [chosen[row.name]]) for row in rows
+        }
+        for row in run(cells):
+            records = [results.find(cell) for cell in cells[row.name]]
+            yield RowResult(row.name, row.describes, chosen[row.name], records)
 
 
 def versions() -> dict[str, str]:
@@ -92,10 +114,16 @@ def versions() -> dict[str, str]:
     }
 
 
-def _cells(row: Row, settings: Settings, data_sha256: str) -> list[Cell]:
+def _cells(
+    row: Row,
+    settings: Settings,
+    data_sha256: str,
+    seeds: Sequence[int],
+    learning_rates: Sequence[float],
+) -> list[Cell]:
     """The identities of a row's cells: everything that their numbers depend on."""
     shared = asdict(settings)
-    seeds, learning_rates = shared.pop("seeds"), shared.pop("learning_rates")
+    del shared["seeds"], shared["learning_rates"]
     return [
         {
             "row": row.name,
@@ -111,14 +139,7 @@ def _cells(row: Row, settings: Settings, data_sha256: str) -> list[Cell]:
     ]
 
 
-def _choose(row: Row, records: Sequence[dict[str, Any]]) -> RowResult:
-    """The learning rate whose mean over seeds is best on the validation text."""
-    by_rate: dict[float, list[dict[str, Any]]] = {}
-    for record in records:
-        by_rate.setdefault(record["cell"]["learning_rate"], []).append(record)
-
-    def validation(rate: float) -> float:
-        return sum(record["validation"]["bits_per_byte"] for record in by_rate[rate])
-
-    best = min(by_rate, key=validation)
-    return RowResult(row.name, row.describes, best, by_rate[best])
+def _best(records: Iterable[dict[str, Any]]) -> float:
+    """The learning rate that is best on the validation text."""
+    best = min(records, key=lambda record: record["validation"]["bits_per_byte"])
+    return best["cell"]["learning_rate"]

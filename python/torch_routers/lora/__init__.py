@@ -1,6 +1,9 @@
 """Mixtures of LoRAs: routed low-rank experts beside the linear layers of any model."""
 
+from torch_routers.lora.adapters import LowRank, PeftAdapter, from_adapters, read_peft_adapter
+from torch_routers.lora.collapse import CollapsedLora, collapse_to_lora, export_expert
 from torch_routers.lora.config import RoutedLoraConfig
+from torch_routers.lora.files import load_adapter, save_adapter
 from torch_routers.lora.inject import check_reach, inject, two_passes, unload
 from torch_routers.lora.linear import LowRankFactor, RoutedLoraLinear
 from torch_routers.lora.manage import (
@@ -15,26 +18,39 @@ from torch_routers.lora.manage import (
     trainable_parameters,
 )
 from torch_routers.lora.matching import InjectionReport, match_modules
+from torch_routers.lora.merging import MergeError, bake_router, merge
 from torch_routers.lora.presets import list_lora_presets, lora_preset
 from torch_routers.lora.scope import RoutingScope
 
 __all__ = [
+    "CollapsedLora",
     "InjectionReport",
+    "LowRank",
     "LowRankFactor",
+    "MergeError",
+    "PeftAdapter",
     "RoutedLoraConfig",
     "RoutedLoraLinear",
     "RoutingScope",
     "add_expert",
+    "bake_router",
     "check_reach",
+    "collapse_to_lora",
     "disable",
     "expert_parameters",
+    "export_expert",
     "force",
+    "from_adapters",
     "inject",
     "list_lora_presets",
+    "load_adapter",
     "lora_preset",
     "match_modules",
+    "merge",
     "print_trainable_parameters",
+    "read_peft_adapter",
     "remove_expert",
+    "save_adapter",
     "set_mix",
     "set_trainable",
     "trainable_parameters",

@@ -24,7 +24,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "router_scope": ("module", "block", "layer", "model"),
     "router_input": ("token", "sequence", "task", "first_pass"),
     "mode": (None, "hard", "soft", "soft_topk", "st_topk"),
-    "mix": ("product", "factors", "shared_a", "ranks"),
+    "mix": ("product",),
     "layout": ("expert_major",),
 }
 

@@ -73,7 +73,7 @@ class RoutedLoraConfig:
         task_embedding_size: features of the embedding of a task.
         mode: of a router that has modes; the same as ``mode`` among the ``router_arguments``, and
             it takes precedence.
-        mix: what is weighed: the product of A and B, each factor, B with one A for all, or ranks.
+        mix: what is weighed: ``"product"``, that of A and B.
         losses: auxiliary losses, or their configurations, which the field keeps. Each router gets
             losses of its own.
         layout: of the factors in a file, ``"expert_major"``.
@@ -117,7 +117,7 @@ class RoutedLoraConfig:
     num_tasks: int | None = None
     task_embedding_size: int = 64
     mode: Literal["hard", "soft", "soft_topk", "st_topk"] | None = None
-    mix: Literal["product", "factors", "shared_a", "ranks"] = "product"
+    mix: Literal["product"] = "product"
     losses: Sequence[RouterLoss | dict[str, Any]] = ()
     layout: Literal["expert_major"] = "expert_major"
     schema_version: int = SCHEMA_VERSION
@@ -172,7 +172,7 @@ class RoutedLoraConfig:
 
     def to_json(self, path: str | Path | None = None) -> str:
         """JSON, and a file of it where there is a path."""
-        text = json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
+        text = json.dumps(self.to_dict(), indent=2) + "\n"
         if path is not None:
             Path(path).write_text(text, encoding="utf-8")
         return text

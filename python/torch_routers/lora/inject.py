@@ -13,7 +13,7 @@ from torch_routers.lora.config import RoutedLoraConfig
 from torch_routers.lora.linear import RoutedLoraLinear, features_of
 from torch_routers.lora.matching import InjectionReport, linear_features, match_modules
 from torch_routers.lora.scope import RoutingScope
-from torch_routers.registry import check_choice, create_router, from_config
+from torch_routers.registry import create_router, from_config
 from torch_routers.routers import Router
 
 
@@ -45,7 +45,6 @@ def inject(model: nn.Module, config: RoutedLoraConfig, mix: str = "default") -> 
     """
     if mix in configs_of(model):
         raise ValueError(f"inject: expected a new name of a mixture, got {mix!r}")
-    check_choice("inject", "mix of config", config.mix, ("product",))
     report = match_modules(model, config)
     _freeze(model, config)
     names = dict(model.named_modules())

@@ -225,11 +225,7 @@ def _resize_routers(model: nn.Module, mix: str, kept: list[int], added: int) -> 
     scopes = scopes_of(model, "lora", mix)
     resized = [_resized(scope.router, kept, added) for scope in scopes]
     for scope, router in zip(scopes, resized):
-        for layer in layers_of(model, mix).values():
-            if mix in layer.routed_gate and layer.routed_gate[mix] is scope.router:
-                layer.routed_gate[mix] = router
-        router._inputs = scope.router._inputs
-        scope.router = router
+        scope.replace_router(router, layers_of(model, mix).values(), mix)
 
 
 def _resized(router: Router, kept: list[int], added: int) -> Router:

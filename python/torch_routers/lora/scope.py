@@ -1,6 +1,9 @@
 """Which layers share a routing, and from what it is computed."""
 
-from typing import Any, Literal
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +13,9 @@ from torch_routers._autograd import shapes_may_depend_on
 from torch_routers.delivery import require_destination
 from torch_routers.routers import Router
 from torch_routers.routing import Routing
+
+if TYPE_CHECKING:
+    from torch_routers.lora.linear import RoutedLoraLinear
 
 
 class RoutingScope:
@@ -63,6 +69,14 @@ class RoutingScope:
             container.register_forward_pre_hook(self._enter, with_kwargs=True),
             container.register_forward_hook(self._leave, always_call=True),
         )
+
+    def replace_router(self, router: Router, layers: Iterable[RoutedLoraLinear], mix: str) -> None:
+        """Another router, also among the modules of the layer that has the present one."""
+        for layer in layers:
+            if mix in layer.routed_gate and layer.routed_gate[mix] is self.router:
+                layer.routed_gate[mix] = router
+        router._inputs = self.router._inputs
+        self.router = router
 
     def begin_first_pass(self) -> None:
         """Note what is to be routed, instead of routing it."""
