@@ -40,7 +40,9 @@ def parser() -> argparse.ArgumentParser:
 def main() -> None:
     options = parser().parse_args()
     given = {name: getattr(options, name) for name in ("seeds", "steps", "learning_rates")}
-    changed = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items() if v}
+    changed = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items() if v is not None}
+    if options.jobs < 1:
+        raise AblationError(f"--jobs: expected at least 1, got {options.jobs}")
     settings = replace(PRESETS[options.preset], **changed)
     limits = {"train": settings.train, "validation": settings.validation, "test": settings.test}
 

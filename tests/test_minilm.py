@@ -127,6 +127,14 @@ def test_a_text_with_two_labels_is_in_no_split():
     assert [text for part in parts.values() for text in part] == ["two"]
 
 
+@pytest.mark.parametrize(
+    "wrong", [{"steps": 0}, {"seeds": (1, 1)}, {"seeds": (-1,)}, {"learning_rates": (-1e-3,)}]
+)
+def test_sizes_that_make_no_sense_are_refused(wrong):
+    with pytest.raises(AblationError, match=f"--{next(iter(wrong))}".replace("_", "-")):
+        Settings(**wrong)
+
+
 def test_a_missing_encoder_is_told_with_the_command(monkeypatch):
     monkeypatch.setattr(encoder, "MODULE", "no_such_module")
     with pytest.raises(AblationError, match=r"expected the package .*Run: make models"):

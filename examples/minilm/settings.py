@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from torch_routers.ablation.errors import AblationError
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -24,6 +26,15 @@ class Settings:
     """Examples of each task, at most; as many of each class."""
     validation: int = 80
     test: int = 400
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise AblationError(f"--steps: expected at least 1, got {self.steps}")
+        for name in "seeds", "learning_rates":
+            values = getattr(self, name)
+            if min(values) < 0 or len(set(values)) < len(values):
+                option = name.replace("_", "-")
+                raise AblationError(f"--{option}: expected different numbers >= 0, got {values}")
 
 
 PRESETS = {
