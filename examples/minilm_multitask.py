@@ -54,7 +54,8 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     notes: list[str] = []
     results = Results(options.out / "results.jsonl", notes, forget=options.fresh)
-    print(*notes, sep="\n", end="")
+    for note in notes:
+        print(note)
     records = run_methods(options.methods, settings, tasks, results, jobs=options.jobs)
     rows = by_method(records)
     pictures = draw_all(rows, options.out)
