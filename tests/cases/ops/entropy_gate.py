@@ -104,7 +104,8 @@ def samples():
     yield Sample("leading", (2 * seeded(2, 3, 4),), {"valid_mask": torch.ones(2, 3).bool()})
     for experts in 1, 2, 7, 33, 64, 300:
         for name in "default", "reaching", "renormalized":
-            yield Sample(f"{name}, {experts} experts", (3 * seeded(9, experts),), RULES[name])
+            if name == "default" or experts in (1, 64, 300):
+                yield Sample(f"{name}, {experts} experts", (3 * seeded(9, experts),), RULES[name])
     yield Sample("one token", (seeded(5),))
     yield Sample("no tokens", (seeded(0, 5),))
     yield Sample("floor above all", (seeded(3, 4),), {"keep_top_k": 9, "threshold": 1.0})

@@ -196,38 +196,59 @@ def spread(*shape, seed=0):
     return (x + 0.5 * x.argsort(-1).argsort(-1)) / 2
 
 
+OPTIONS = (
+    {"renormalize": True, "statistics": True},
+    {"renormalize": False, "statistics": True},
+    {"renormalize": True},
+)
+
+
+def name_of(options):
+    return "-".join(key for key, value in options.items() if value)
+
+
 def topk_samples():
-    options = [
-        {"renormalize": True, "statistics": True},
-        {"renormalize": False, "statistics": True},
-        {"renormalize": True},
-    ]
-    for o in options:
-        name = "-".join(key for key, value in o.items() if value) or "softmax"
+    yield from shaped_samples(OPTIONS[0])
+    for o in OPTIONS:
+        yield from weighed_samples(o)
+    yield from scored_samples()
+
+
+def shaped_samples(o):
+    """Shapes and ties, which are the same for all options."""
+    name = name_of(o)
+    yield Sample(f"{name}", (spread(4, 7), 3), o, smooth=True)
+    yield Sample(f"{name}-leading", (spread(2, 3, 6), 2), o | {"valid_mask": mask(2, 3)})
+    yield Sample(f"{name}-row", (spread(6), 2), o)
+    yield Sample(f"{name}-no-tokens", (seeded(0, 4), 2), o)
+    yield Sample(f"{name}-one-expert", (seeded(3, 1), 1), o)
+    yield Sample(f"{name}-every-expert", (spread(3, 4), 4), o, smooth=True)
+    yield Sample(f"{name}-all-masked", (seeded(3, 4), 2), o | {"valid_mask": mask(3) < 0})
+    yield Sample(f"{name}-ties", (seeded(65, 9).round(), 4), o)
+    yield Sample(f"{name}-constant", (torch.zeros(3, 6).double(), 4), o)
+    yield Sample(f"{name}-many-ties", (seeded(3, 300).round(), 12), o)
+
+
+def weighed_samples(o):
+    """What weights and statistics are made of."""
+    name = name_of(o)
+    if o != OPTIONS[0]:
         yield Sample(f"{name}", (spread(4, 7), 3), o, smooth=True)
-        yield Sample(
-            f"{name}-masked-grouped",
-            (spread(7, 5), 2),
-            o | {"valid_mask": mask(7), "group_offsets": torch.tensor([0, 3, 3, 7])},
-            smooth=True,
-        )
-        yield Sample(f"{name}-leading", (spread(2, 3, 6), 2), o | {"valid_mask": mask(2, 3)})
-        yield Sample(f"{name}-row", (spread(6), 2), o)
-        yield Sample(f"{name}-no-tokens", (seeded(0, 4), 2), o)
-        yield Sample(f"{name}-one-expert", (seeded(3, 1), 1), o)
-        yield Sample(f"{name}-every-expert", (spread(3, 4), 4), o, smooth=o == options[0])
-        yield Sample(f"{name}-all-masked", (seeded(3, 4), 2), o | {"valid_mask": mask(3) < 0})
-        yield Sample(f"{name}-ties", (seeded(65, 9).round(), 4), o)
-        yield Sample(f"{name}-constant", (torch.zeros(3, 6).double(), 4), o)
-        hidden = seeded(65, 9).where(mask(65, 9), -torch.inf)
-        hidden[5] = -torch.inf
-        yield Sample(f"{name}-some-hidden", (hidden, 4), o)
-        infinite = seeded(20, 9).where(mask(20, 9), torch.inf)
-        yield Sample(f"{name}-infinite", (infinite, 4), o)
-        yield Sample(f"{name}-nan", (seeded(20, 9).where(mask(20, 9), torch.nan), 4), o)
-        yield Sample(f"{name}-extreme", (3000 * seeded(20, 33), 5), o)
-        yield Sample(f"{name}-wide", (spread(3, 300), 40), o)
-        yield Sample(f"{name}-many-ties", (seeded(3, 300).round(), 12), o)
+    yield Sample(
+        f"{name}-masked-grouped",
+        (spread(7, 5), 2),
+        o | {"valid_mask": mask(7), "group_offsets": torch.tensor([0, 3, 3, 7])},
+        smooth=True,
+    )
+    hidden = seeded(65, 9).where(mask(65, 9), -torch.inf)
+    hidden[5] = -torch.inf
+    yield Sample(f"{name}-some-hidden", (hidden, 4), o)
+    infinite = seeded(20, 9).where(mask(20, 9), torch.inf)
+    yield Sample(f"{name}-infinite", (infinite, 4), o)
+    yield Sample(f"{name}-nan", (seeded(20, 9).where(mask(20, 9), torch.nan), 4), o)
+    yield Sample(f"{name}-extreme", (3000 * seeded(20, 33), 5), o)
+    yield Sample(f"{name}-wide", (spread(3, 300), 40), o)
+    if "statistics" in o:
         yield Sample(f"{name}-long", (seeded(2, 1100), 7), o)
         offsets = torch.tensor([0, 1, 64, 64, 200, 300])
         yield Sample(
@@ -235,8 +256,6 @@ def topk_samples():
             (spread(300, 17), 3),
             o | {"valid_mask": mask(300), "group_offsets": offsets},
         )
-
-    yield from scored_samples()
 
 
 def scored_samples():
@@ -266,6 +285,8 @@ def selected_samples():
         bias = seeded(8, seed=9)
         yield Sample(f"{score}-bias", (spread(5, 8), 3), o | {"bias": bias}, smooth=True)
         for group_score, kept in ("max", 2), ("top2_sum", 2), ("topk_sum", 1):
+            if score != "sigmoid" and group_score != "top2_sum":
+                continue  # how groups are ranked depends on the values of scores alone
             groups = {"num_groups": 4, "topk_group": kept, "group_score": group_score}
             yield Sample(f"{score}-{group_score}", (seeded(20, 8), 2), o | groups)
             hidden = seeded(20, 8).where(mask(20, 8), -torch.inf)
@@ -293,13 +314,15 @@ def as_selection(sample):
 
 
 def select_samples():
-    for sample in itertools.chain(topk_samples(), selected_samples()):
-        if sample.options.get("statistics") and not sample.options["renormalize"]:
-            continue  # the indices do not depend on it
+    """Indices do not depend on how weights are made, nor values as they are on a score."""
+    o = OPTIONS[0]
+    extreme = (sample for sample in scored_samples() if sample.name.endswith("-extreme"))
+    of_scores = {sample.options["score"]: sample for sample in extreme}.values()
+    for sample in (*selected_samples(), *shaped_samples(o), *weighed_samples(o), *of_scores):
         selection = as_selection(sample)
         yield selection
-        options = {key: value for key, value in selection.options.items() if key != "score"}
-        if len(options) < len(selection.options):
+        if selection.options.get("score") == "sigmoid":
+            options = {key: value for key, value in selection.options.items() if key != "score"}
             yield Sample(f"{sample.name}-values", sample.args, options)
 
 

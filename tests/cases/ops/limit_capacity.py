@@ -151,13 +151,14 @@ def samples():
         yield sample("groups", policy, some, 4, torch.tensor([2, 3, 0, 1]), **grouped)
         yield sample("groups-one-capacity", policy, some, 4, 2, padding=5, **grouped)
         yield sample("no-tokens", policy, some[:0], 4, 1)
+        yield sample("same-expert-twice", policy, torch.zeros(6, 3).long(), 2, 7)
+        yield sample("many-slots", policy, drawn(3, 300, 2), 2, 100)
+        yield sample("large", policy, drawn(700, 4, 9, seed=1), 9, 150)
+    for policy in "position", "weight":  # without keys and with them
         yield sample("no-tokens-padded", policy, some[:0], 4, 1, padding=3)
         yield sample("no-slots", policy, some[:, :0], 4, 1)
         yield sample("all-masked", policy, torch.full((4, 2), -1), 3, 1)
         yield sample("one-expert", policy, drawn(9, 2, 1), 1, 4)
-        yield sample("same-expert-twice", policy, torch.zeros(6, 3).long(), 2, 7)
-        yield sample("many-slots", policy, drawn(3, 300, 2), 2, 100)
-        yield sample("large", policy, drawn(700, 4, 9, seed=1), 9, 150)
     for policy in "weight", "priority":
         for kind in "ties", "special":
             yield sample(kind, policy, some, 4, 9, kind)

@@ -55,16 +55,16 @@ def call(logits, rule, **options):
 
 RULES = {
     "top_p": ("top_p", {}),
+    "entropy": ("entropy", {"thresholds": [0.6, 1.2], "counts": [1, 2, 4], "max_k": 4}),
+    "confidence": ("confidence", {"thresholds": [0.3, 0.6], "counts": [4, 2, 1]}),
+    "positive": ("positive", {"min_k": 0}),
     "top_p below": ("top_p", {"top_p": 0.7, "crossing": "below", "min_k": 2}),
     "top_p reaching": ("top_p", {"top_p": 0.7, "crossing": "reaching"}),
     "all": ("top_p", {"top_p": 1.5}),
     "none": ("top_p", {"top_p": 0.0, "crossing": "reaching", "min_k": 0}),
     "few": ("top_p", {"top_p": 0.9, "max_k": 2}),
-    "entropy": ("entropy", {"thresholds": [0.6, 1.2], "counts": [1, 2, 4], "max_k": 4}),
     "one step": ("entropy", {"thresholds": [1.275], "counts": [1, 2], "max_k": 2}),
     "no step": ("entropy", {"thresholds": [], "counts": [3]}),
-    "confidence": ("confidence", {"thresholds": [0.3, 0.6], "counts": [4, 2, 1]}),
-    "positive": ("positive", {"min_k": 0}),
     "positive, two at least": ("positive", {"min_k": 2, "max_k": 3}),
 }
 
@@ -78,6 +78,7 @@ def samples():
     yield Sample("leading", (2 * seeded(2, 3, 4), "positive"), options)
     for experts in 1, 2, 7, 33, 64, 300, 600:
         yield Sample(f"{experts} experts", (3 * seeded(19, experts), "top_p"), {"top_p": 0.8})
+    for experts in 1, 33, 600:
         options = {"thresholds": [0.5, 2.0], "counts": [1, 1, experts]}
         yield Sample(f"{experts} experts, entropy", (3 * seeded(19, experts), "entropy"), options)
     yield Sample("one token", (seeded(5), "top_p"), {"top_p": 0.8})

@@ -100,7 +100,9 @@ def samples():
     }.items():
         yield Sample(f"{name}, one group", one, ALL | options)
         yield Sample(f"{name}, groups", several, ALL | options, smooth=True)
-        yield Sample(f"{name}, many", statistics([5000, 1, 4100], 33), ALL | options)
+    for per_group in False, True:
+        options = ALL | {"per_group": per_group}
+        yield Sample(f"per group {per_group}, many", statistics([5000, 1, 4100], 33), options)
     yield Sample("weights of zero", one, dict.fromkeys(ALL, 0.0))
     yield Sample("one token", statistics([1], 8), ALL)
     yield Sample("no tokens", statistics([0], 4), ALL)
