@@ -67,7 +67,7 @@ def run_blocks(path, names, *, code, examples=None):
 
 
 def test_readme_runs():
-    assert run_blocks(ROOT / "README.md", {"__name__": "__main__"}, code="python") == 5
+    assert run_blocks(ROOT / "README.md", {"__name__": "__main__"}, code="python") == 6
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT / "docs")))

@@ -53,11 +53,12 @@ void run(const Tensor& like, const Params& params, const std::vector<int64_t>& o
 Tensor lora_shrink(const Tensor& x, const Tensor& weight, const Tensor& order,
                    const Tensor& inverse, const Tensor& offsets, const Tensor& ranks,
                    int64_t max_rank) {
-  LoraPlan plan{"_lora_shrink", order, inverse, offsets, ranks, max_rank};
+  const char* op = "_lora_shrink";
+  LoraPlan plan{op, order, inverse, offsets, ranks, max_rank};
   check_tokens(plan, "x", x);
   check_weight(plan, weight, x);
   const int64_t features = x.size(1);
-  check_shape(plan.op, "weight", weight, weight.size(1) == features,
+  check_shape(op, "weight", weight, weight.size(1) == features,
               "[sum of ranks, features=", features, "]");
   plan.prepare(x, weight.size(0));
   check_token_number(plan, x);
@@ -73,9 +74,10 @@ Tensor lora_shrink(const Tensor& x, const Tensor& weight, const Tensor& order,
 
 Tensor lora_expand(const Tensor& z, const Tensor& weight, const Tensor& order,
                    const Tensor& inverse, const Tensor& offsets, const Tensor& ranks) {
-  check_shape("_lora_expand", "z", z, z.dim() == 2, "[rows, max_rank]");
-  check_floating("_lora_expand", "z", z);
-  LoraPlan plan{"_lora_expand", order, inverse, offsets, ranks, z.size(1)};
+  const char* op = "_lora_expand";
+  check_shape(op, "z", z, z.dim() == 2, "[rows, max_rank]");
+  check_floating(op, "z", z);
+  LoraPlan plan{op, order, inverse, offsets, ranks, z.size(1)};
   check_weight(plan, weight, z);
   plan.prepare(z, weight.size(0));
   check_z(plan, z, z);
@@ -92,8 +94,9 @@ Tensor lora_expand(const Tensor& z, const Tensor& weight, const Tensor& order,
 
 Tensor lora_outer(const Tensor& z, const Tensor& x, const Tensor& order, const Tensor& inverse,
                   const Tensor& offsets, const Tensor& ranks, int64_t size) {
-  check_shape("_lora_outer", "z", z, z.dim() == 2, "[rows, max_rank]");
-  LoraPlan plan{"_lora_outer", order, inverse, offsets, ranks, z.size(1)};
+  const char* op = "_lora_outer";
+  check_shape(op, "z", z, z.dim() == 2, "[rows, max_rank]");
+  LoraPlan plan{op, order, inverse, offsets, ranks, z.size(1)};
   check_tokens(plan, "x", x);
   check(size >= 0, plan.op, ": expected size >= 0, got ", size);
   plan.prepare(x, size);
