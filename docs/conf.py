@@ -34,6 +34,7 @@ from torch import nn
 import torch_routers as tr
 from torch_routers import *
 from torch_routers.integrations.torchmetrics import RoutingMetric
+from torch_routers.lora import *
 from torch_routers.metrics import *
 from torch_routers.losses import *
 from torch_routers.ops import *
