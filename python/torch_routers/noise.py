@@ -91,6 +91,10 @@ class Noise:
         numbers = uniform(self.seed + offset, self.row_ids, columns, self._dtype)
         return numbers.view(*self._shape, columns)
 
+    def jittered(self, x: Tensor, jitter: float) -> Tensor:
+        """``x`` ``[..., n]``, each number times one uniform in ``[1 - jitter, 1 + jitter]``."""
+        return x * (1 + jitter * (2 * self.uniform(Stream.JITTER, x.shape[-1]) - 1))
+
     def gumbel(self, stream: Stream, columns: int) -> Tensor:
         """The standard Gumbel distribution: ``-ln(-ln u)``."""
         return -(-self.uniform(stream, columns).log()).log()

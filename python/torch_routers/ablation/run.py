@@ -91,15 +91,17 @@ def run_rows(
                 yield row
 
     with bar:
+        swept = len(rates) > 1
         chosen = dict.fromkeys(sweeps, rates[0])
-        if len(rates) > 1:
-            for row in run(sweeps):
-                chosen[row.name] = _best(results.find(cell) for cell in sweeps[row.name])
+        for row in run(sweeps) if swept else ():
+            chosen[row.name] = _best(results.find(cell) for cell in sweeps[row.name])
         bar.total -= later
         cells = {
             row.name: _cells(row, settings, data_sha256, seeds, [chosen[row.name]]) for row in rows
         }
-        for row in run(cells):
+        # After a sweep the first seed is there, and was told of.
+        missing = {name: of[1:] if swept else of for name, of in cells.items()}
+        for row in run(missing):
             records = [results.find(cell) for cell in cells[row.name]]
             yield RowResult(row.name, row.describes, chosen[row.name], records)
 

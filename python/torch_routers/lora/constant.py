@@ -1,12 +1,10 @@
 """A router that has decided once and for all."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from torch_routers.losses import RouterLoss
 from torch_routers.routers import Router
 from torch_routers.routing import Routing
 
@@ -19,17 +17,14 @@ class ConstantRouter(Router):
     Args:
         hidden_size: size of the last dimension of the input.
         num_experts: experts that have a weight; 1 / num_experts each, until others are loaded.
-        losses: none fits.
 
     >>> ConstantRouter(hidden_size=16, num_experts=4)(torch.randn(2, 16)).weights
     tensor([[0.2500, 0.2500, 0.2500, 0.2500],
             [0.2500, 0.2500, 0.2500, 0.2500]])
     """
 
-    def __init__(
-        self, hidden_size: int, num_experts: int, *, losses: Sequence[RouterLoss] = ()
-    ) -> None:
-        super().__init__(num_experts, losses)
+    def __init__(self, hidden_size: int, num_experts: int) -> None:
+        super().__init__(num_experts)
         self.hidden_size = hidden_size
         self.constant_weights: Tensor
         self.register_buffer("constant_weights", torch.full((num_experts,), 1 / num_experts))

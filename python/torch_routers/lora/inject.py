@@ -10,6 +10,7 @@ from torch_routers.lora.config import RoutedLoraConfig
 from torch_routers.lora.linear import RoutedLoraLinear, features_of
 from torch_routers.lora.matching import InjectionReport, linear_features, match_modules
 from torch_routers.lora.scope import RoutingScope
+from torch_routers.lora.storage import saved_modules
 from torch_routers.registry import create_router, from_config
 from torch_routers.routers import Router
 
@@ -72,9 +73,8 @@ def inject(model: nn.Module, config: RoutedLoraConfig, mix: str = "default") -> 
             scopes[container],
             dropout=config.lora_dropout,
             owns_router=owners[container] == name,
+            init=config.init_lora_weights,
         )
-        for expert in experts:
-            layer.reset_expert(mix, expert, config.init_lora_weights)
         layer.train(layer.base_layer.training)
     for layer in layers_of(model).values():
         layer.active_mix = mix if mix in layer.routed_A else None
@@ -160,10 +160,8 @@ def _freeze(model: nn.Module, config: RoutedLoraConfig) -> None:
         for part in (module.routed_A, module.routed_B, module.routed_gate, module.routed_tasks)
         for parameter in part.parameters()
     }
-    for name, module in model.named_modules():
-        saved = config.modules_to_save or ()
-        if any(name == suffix or name.endswith(f".{suffix}") for suffix in saved):
-            kept.update(module.parameters())
+    for module in saved_modules(model, config.modules_to_save).values():
+        kept.update(module.parameters())
     for parameter in model.parameters():
         if parameter not in kept:
             parameter.requires_grad_(False)

@@ -75,6 +75,7 @@ class RoutedLoraLinear(nn.Module):
         *,
         dropout: float = 0.0,
         owns_router: bool = False,
+        init: bool | str = True,
     ) -> None:
         """Add a mixture and make it the active one.
 
@@ -85,6 +86,7 @@ class RoutedLoraLinear(nn.Module):
             scope: where the routing comes from.
             dropout: probability that a number of ``x`` is 0 for the experts, in training.
             owns_router: have the router of the scope among the modules of this layer.
+            init: first values of experts, as in `reset_expert`.
         """
         if mix in self.routed_A:
             raise ValueError(f"RoutedLoraLinear: expected a new name of a mixture, got {mix!r}")
@@ -96,15 +98,17 @@ class RoutedLoraLinear(nn.Module):
             if scope.tasks is not None:
                 self.routed_tasks[mix] = scope.tasks
         for expert, rank in ranks.items():
-            self.add_expert(mix, expert, rank, scaling[expert])
+            self.add_expert(mix, expert, rank, scaling[expert], init)
 
-    def add_expert(self, mix: str, expert: str, rank: int, scaling: float) -> None:
-        """Add an expert that does nothing yet; its router has to know it."""
+    def add_expert(
+        self, mix: str, expert: str, rank: int, scaling: float, init: bool | str = True
+    ) -> None:
+        """Add an expert; its router has to know it."""
         factory = self._factory()
         self.routed_A[mix][expert] = LowRankFactor(rank, self.in_features, **factory)
         self.routed_B[mix][expert] = LowRankFactor(self.out_features, rank, **factory)
         self.scaling[mix][expert] = scaling
-        self.reset_expert(mix, expert)
+        self.reset_expert(mix, expert, init)
 
     def reset_expert(self, mix: str, expert: str, init: bool | str = True) -> None:
         """Give an expert its first values.

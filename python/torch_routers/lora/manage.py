@@ -1,7 +1,7 @@
 """What is on, what is trained, and which experts there are."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch_routers.lora.config import RoutedLoraConfig
 from torch_routers.lora.inject import config_of, configs_of, layers_of, scopes_of
 from torch_routers.lora.linear import RoutedLoraLinear
-from torch_routers.lora.scope import RoutingScope
 from torch_routers.registry import from_config
 from torch_routers.routers import Router
 
@@ -31,37 +30,31 @@ def set_mix(model: nn.Module, mix: str | None) -> None:
 @contextmanager
 def disable(model: nn.Module) -> Iterator[nn.Module]:
     """The base model, to the bit, inside the block: as the reference of DPO needs it."""
-    layers = layers_of(model, caller="disable").values()
-    active = [layer.active_mix for layer in layers]
-    try:
-        for layer in layers:
-            layer.active_mix = None
+    with _set(layers_of(model, caller="disable").values(), "active_mix", None):
         yield model
-    finally:
-        for layer, mix in zip(layers, active):
-            layer.active_mix = mix
 
 
-def force(model: nn.Module, expert: str, mix: str = "default") -> AbstractContextManager[nn.Module]:
+def force(model: nn.Module, expert: str, mix: str = "default") -> AbstractContextManager[None]:
     """One expert alone, with weight 1, inside the block; no router is asked.
 
     Raises:
         ValueError: the mixture has no such expert.
     """
     number = _number_of(model, expert, mix, "force")
-    return _forced(model, scopes_of(model, "force", mix), number)
+    return _set(scopes_of(model, "force", mix), "forced", number)
 
 
 @contextmanager
-def _forced(model: nn.Module, scopes: list[RoutingScope], number: int) -> Iterator[nn.Module]:
-    before = [scope.forced for scope in scopes]
+def _set(objects: Collection[Any], attribute: str, value: Any) -> Iterator[None]:
+    """An attribute of all of them, inside the block."""
+    before = [getattr(x, attribute) for x in objects]
     try:
-        for scope in scopes:
-            scope.forced = number
-        yield model
+        for x in objects:
+            setattr(x, attribute, value)
+        yield
     finally:
-        for scope, value in zip(scopes, before):
-            scope.forced = value
+        for x, old in zip(objects, before):
+            setattr(x, attribute, old)
 
 
 # ---- what is trained -----------------------------------------------------------------------------
@@ -123,7 +116,6 @@ def trainable_parameters(model: nn.Module) -> dict[str, int]:
     for parameter in model.parameters():
         counts["all"] += parameter.numel()
         counts["trainable"] += parameter.numel() * parameter.requires_grad
-    seen: set[nn.Parameter] = set()
     for layer in layers_of(model, caller="trainable_parameters").values():
         of_experts = [*layer.routed_A.parameters(), *layer.routed_B.parameters()]
         of_routers = [*layer.routed_gate.parameters(), *layer.routed_tasks.parameters()]
@@ -131,9 +123,7 @@ def trainable_parameters(model: nn.Module) -> dict[str, int]:
             name = "experts" if parameter.requires_grad else "frozen_experts"
             counts[name] += parameter.numel()
         for parameter in of_routers:
-            if parameter.requires_grad and parameter not in seen:
-                counts["routers"] += parameter.numel()
-        seen.update(of_routers)
+            counts["routers"] += parameter.numel() * parameter.requires_grad
     return counts
 
 
@@ -177,8 +167,8 @@ def add_expert(
     _resize_routers(model, mix, every, added=1)
     for name, layer in layers.items():
         number = len(known)
-        layer.add_expert(mix, expert, config.rank_of(name, number), config.scaling_of(name, number))
-        layer.reset_expert(mix, expert, config.init_lora_weights)
+        rank, scaling = config.rank_of(name, number), config.scaling_of(name, number)
+        layer.add_expert(mix, expert, rank, scaling, config.init_lora_weights)
     model.routed_lora = {**configs_of(model), mix: config}
 
 

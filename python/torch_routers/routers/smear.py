@@ -137,8 +137,7 @@ class SMEARRouter(Router):
             means = F.pad(means[:, :-1], (0, 0, 1, 0))
         noise = Noise(means, seed) if self.training and self.traits.random else None
         if noise is not None and self.jitter:
-            uniform = noise.uniform(Stream.JITTER, self.hidden_size)
-            means = means * (1 + self.jitter * (2 * uniform - 1))
+            means = noise.jittered(means, self.jitter)
         logits = self._logits(means)
         weights = logits.softmax(-1)
         if noise is not None and self.expert_dropout:

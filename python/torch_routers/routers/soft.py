@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from torch_routers import ops
 from torch_routers.losses import RouterLoss
-from torch_routers.noise import Noise, Stream
+from torch_routers.noise import Noise
 from torch_routers.registry import check_choice
 from torch_routers.routers.base import Router
 from torch_routers.routers.dense import dense_statistics
@@ -129,8 +129,7 @@ class SoftRouter(Router):
         self.check_hidden_size(x)
         x = self.full_precision(x)
         if self.jitter and self.training:
-            uniform = Noise(x, seed, row_ids).uniform(Stream.JITTER, x.shape[-1])
-            x = x * (1 + self.jitter * (2 * uniform - 1))
+            x = Noise(x, seed, row_ids).jittered(x, self.jitter)
         logits = F.linear(x, self.weight.to(x.dtype))
         probs = logits.softmax(-1)
         if valid_mask is not None:

@@ -244,7 +244,7 @@ class TopKRouter(Router):
         deviation: what the load of experts is expected from.
         """
         if noise is not None and self.jitter:
-            x = x * (1 + self.jitter * (2 * noise.uniform(Stream.JITTER, x.shape[-1]) - 1))
+            x = noise.jittered(x, self.jitter)
         bias = None if self.bias is None else self.bias.to(x.dtype)
         logits = F.linear(x, self.weight.to(x.dtype), bias)
         if noise is not None and self.noise is not None:
