@@ -1,6 +1,8 @@
 """The three deliveries, in every mode in which a model is trained."""
 
+import copy
 import itertools
+import pickle
 from functools import partial
 
 import pytest
@@ -297,6 +299,23 @@ def test_routers_follow_the_inputs_of_the_root(flatten, compile):
     if not compile:
         handle.remove()
         tr.collect(root)
+
+
+class PositionalRoot(Root):
+    def forward(self, input_ids, attention_mask):
+        return self.moe(self.embed(input_ids))
+
+
+def test_inputs_may_come_by_position_and_are_followed_in_a_copy():
+    root, ids = PositionalRoot(), torch.arange(12).view(2, 6)
+    mask = torch.ones_like(ids)
+    mask[1, :2] = 0
+    tr.follow_inputs(root)
+    root(ids, mask)
+    for model in root, copy.deepcopy(root), pickle.loads(pickle.dumps(root)):
+        with tr.collect(model) as routings:
+            model(ids + 12, 1 - mask)
+        assert int(routings[0].counts.sum()) == 4
 
 
 @pytest.mark.parametrize("flatten", [False, True])

@@ -597,11 +597,11 @@ def test_usage_is_of_first_choices_or_of_all_slots():
 
 
 def test_without_slots_the_first_choice_is_the_largest_logit():
-    z, mask = double(*P).log(), torch.tensor([True, True, False, True])
+    z, mask = double(*P).log(), torch.tensor([True, True, True, False])
     router = tr.SoftRouter(3, 3).double()
     router.weight.data = torch.eye(3, dtype=torch.float64)
     dense = router(z, valid_mask=mask)
-    expected = losses.specialization_loss(z, torch.tensor([1, 1, 1]), valid_mask=mask)
+    expected = losses.specialization_loss(z, torch.tensor([2, 1, 0]), valid_mask=mask)
     assert_close(losses.SpecializationLoss(1.0)(dense), expected)
     counts = torch.tensor([3, 3, 3])
     expected = losses.specialization_loss(z, counts, valid_mask=mask)
