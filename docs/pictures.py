@@ -4,6 +4,8 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
+import torch.nn.functional as F
+from matplotlib.colors import ListedColormap
 from matplotlib.patches import Rectangle
 
 import torch_routers as tr
@@ -254,6 +256,69 @@ def draw_relu() -> plt.Figure:
     return figure
 
 
+def draw_prototype() -> plt.Figure:
+    """Which of three directions in the plane is first, by two scores."""
+    figure, axes = plt.subplots(1, 2, figsize=(6.4, 3), sharey=True)
+    angles = torch.tensor([0.3, 1.7, 3.6])
+    prototypes = torch.stack([angles.cos(), angles.sin()], 1)
+    line = torch.linspace(-1.2, 1.2, 161)
+    points = torch.cartesian_prod(line, line)
+    router = tr.PrototypeRouter(2, 3, 1)
+    router.prototypes.copy_(prototypes)
+    absolute = router(points).indices[:, 0]
+    signed = (F.normalize(points, dim=1) @ prototypes.T).argmax(1)
+    colors = ListedColormap(["#bcd4e2", "#f3d2b8", GREY])
+    for axis, experts, title in zip(axes, (absolute, signed), ("absolute", "normalized")):
+        axis.imshow(
+            experts.view(161, 161).T, origin="lower", extent=(-1.2, 1.2, -1.2, 1.2), cmap=colors
+        )
+        for e, (x, y) in enumerate(prototypes.tolist()):
+            axis.annotate("", (x, y), (0, 0), arrowprops={"arrowstyle": "->"})
+            axis.text(1.08 * x, 1.08 * y, f"$p_{e}$", ha="center", va="center")
+        axis.set(title=title, xticks=[], yticks=[])
+    return figure
+
+
+def draw_poly() -> plt.Figure:
+    """The weights of a table; and those of one skill in training."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 2.9))
+    table = torch.randn(4, 6, generator=torch.Generator().manual_seed(2)) * 2
+    router = tr.PolyRouter(6, 4).eval()
+    router.weight.data = table
+    weights = router(torch.zeros(4, 1), task_ids=torch.arange(4)).weights.detach()
+    left.imshow(weights, cmap="Blues", vmin=0, vmax=0.5, aspect="auto")
+    for (task, skill), weight in zip(
+        torch.cartesian_prod(torch.arange(4), torch.arange(6)).tolist(), weights.flatten()
+    ):
+        left.text(skill, task, f"{weight:.2f}", ha="center", va="center", fontsize=7.5)
+    left.set(title="weights of four tasks", xlabel="skill", ylabel="task", yticks=range(4))
+    router = tr.PolyRouter(2, 3)
+    router.weight.data = torch.tensor([[-2.0, 0.0], [0.0, 0.0], [2.0, 0.0]])
+    tasks = torch.arange(3).repeat_interleave(20000)
+    weights = router(torch.zeros(len(tasks), 1), task_ids=tasks, seed=1).weights[:, 0].detach()
+    for task, color in enumerate([GREY, BLUE, ORANGE]):
+        label = f"logit {router.weight[task, 0]:.0f}"
+        right.hist(weights[tasks == task], 50, histtype="step", color=color, label=label)
+    right.set(title="weight of one of two skills in training", xlabel="weight", yticks=[])
+    right.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def draw_rank() -> plt.Figure:
+    """A projection; and which of its rows one token keeps."""
+    torch.manual_seed(1)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 2.6), width_ratios=[1.4, 1])
+    router = tr.RankRouter(24, 8, 2)
+    left.imshow(router.projection, cmap="PuOr", vmin=-0.3, vmax=0.3, aspect="auto")
+    left.set(title="the projection $A$", xlabel="feature", ylabel="rank", yticks=range(8))
+    routing = router(torch.randn(1, 24))
+    kept = routing.indices[0].tolist()
+    right.bar(range(8), routing.logits[0], color=[BLUE if e in kept else GREY for e in range(8)])
+    right.axhline(0, color="black", linewidth=0.6)
+    right.set(title="$z = A x$, the two kept", xlabel="rank", xticks=range(8))
+    return figure
+
+
 def _grid(axes: plt.Axes, rows: int, columns: int) -> None:
     axes.set(xlim=(0, columns), ylim=(rows, 0))
     axes.set_xticks([x + 0.5 for x in range(columns)], range(columns))
@@ -278,6 +343,9 @@ def main() -> None:
         draw_entmax,
         draw_relu,
         draw_soft,
+        draw_prototype,
+        draw_poly,
+        draw_rank,
     ):
         figure = draw()
         for axes in figure.axes:

@@ -20,9 +20,10 @@ pytest.importorskip("safetensors")
 from safetensors.torch import load_file, save_file
 
 from tiny_lm import batch, loss_of, tiny_lm
-from torch_routers.lora.adapters import from_adapters, read_peft_adapter
+from torch_routers.lora.adapters import from_adapters
 from torch_routers.lora.collapse import collapse_to_lora, export_expert
 from torch_routers.lora.files import load_adapter, save_adapter
+from torch_routers.lora.folders import read_peft_adapter
 from torch_routers.lora.merging import MergeError, merge
 
 TARGETS = ["q_proj", "v_proj", "up_proj"]

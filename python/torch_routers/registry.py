@@ -107,6 +107,14 @@ def create_router(name: str, **arguments: Any) -> Router:
     return from_config({"class": name} | arguments)
 
 
+def router_parameters(name: str) -> set[str]:
+    """What `create_router` takes besides the name."""
+    from torch_routers.presets import PRESETS
+
+    cls = _lookup("create_router", "TopKRouter" if name in PRESETS else name)
+    return set(inspect.signature(cls).parameters)
+
+
 def list_routers(pattern: str = "*", **traits: Any) -> list[str]:
     """Names for `create_router`, by shell pattern and by fields of `RouterTraits`.
 

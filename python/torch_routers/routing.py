@@ -2,6 +2,7 @@
 
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from torch_routers.ops import Statistics
@@ -72,6 +73,14 @@ class Routing(NamedTuple):
         if self.indices is not None:
             return self.indices >= 0
         return self.weights.detach() != 0 if self.active is None else self.active
+
+    def of_experts(self, num_experts: int) -> Tensor:
+        """``[..., num_experts]``: the weight of each expert, 0 where it does not see the token."""
+        if self.indices is None:
+            return self.weights
+        empty = self.weights.new_zeros(*self.weights.shape[:-1], num_experts + 1)
+        slots = torch.where(self.indices < 0, num_experts, self.indices)
+        return empty.scatter_add(-1, slots, self.weights)[..., :-1]
 
     def group_ids(self) -> Tensor | None:
         """``[...]`` int64: the group of each token, by ``group_offsets``; None without them."""

@@ -1,9 +1,10 @@
 """Mixtures of LoRAs: routed low-rank experts beside the linear layers of any model."""
 
-from torch_routers.lora.adapters import LowRank, PeftAdapter, from_adapters, read_peft_adapter
+from torch_routers.lora.adapters import from_adapters
 from torch_routers.lora.collapse import CollapsedLora, collapse_to_lora, export_expert
 from torch_routers.lora.config import RoutedLoraConfig
 from torch_routers.lora.files import load_adapter, save_adapter
+from torch_routers.lora.folders import LowRank, PeftAdapter, read_peft_adapter
 from torch_routers.lora.inject import inject, unload
 from torch_routers.lora.linear import LowRankFactor, RoutedLoraLinear
 from torch_routers.lora.manage import (
@@ -20,7 +21,8 @@ from torch_routers.lora.manage import (
 from torch_routers.lora.matching import InjectionReport, match_modules
 from torch_routers.lora.merging import MergeError, bake_router, merge
 from torch_routers.lora.passes import check_reach, two_passes
-from torch_routers.lora.presets import list_lora_presets, lora_preset
+from torch_routers.lora.presets import adapter_preset, list_lora_presets, lora_preset
+from torch_routers.lora.prototypes import arrow_prototypes, gates_from_samples
 from torch_routers.lora.scope import RoutingScope
 
 __all__ = [
@@ -33,7 +35,9 @@ __all__ = [
     "RoutedLoraConfig",
     "RoutedLoraLinear",
     "RoutingScope",
+    "adapter_preset",
     "add_expert",
+    "arrow_prototypes",
     "bake_router",
     "check_reach",
     "collapse_to_lora",
@@ -42,6 +46,7 @@ __all__ = [
     "export_expert",
     "force",
     "from_adapters",
+    "gates_from_samples",
     "inject",
     "list_lora_presets",
     "load_adapter",

@@ -1,131 +1,57 @@
-"""LoRAs of PEFT as experts: read their folders, and make a mixture of them."""
+"""LoRAs that are there already, as the experts of a mixture."""
 
 from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from torch_routers.lora.config import RoutedLoraConfig
 from torch_routers.lora.files import patterns_of
-from torch_routers.lora.inject import inject, layers_of
+from torch_routers.lora.folders import PeftAdapter, read_adapter
+from torch_routers.lora.inject import inject, layers_of, scopes_of
+from torch_routers.lora.linear import RoutedLoraLinear
 from torch_routers.lora.matching import InjectionReport, linear_features
-from torch_routers.lora.storage import WEIGHTS, base_model_name, read_config, read_tensors
+from torch_routers.lora.prototypes import arrow_prototypes
+from torch_routers.lora.storage import base_model_name
 from torch_routers.registry import check_choice
-
-#: What a configuration of PEFT may ask for that is more than B A x.
-_MORE_THAN_LORA = {
-    "use_dora": "DoRA",
-    "use_qalora": "QALoRA",
-    "use_bdlora": "BD-LoRA",
-    "kasa_config": "KaSA",
-    "monteclora_config": "MonteCLoRA",
-    "arrow_config": "Arrow",
-    "alora_invocation_tokens": "activated LoRA",
-    "lora_bias": "biases of LoRA",
-    "layer_replication": "replicated layers",
-    "target_parameters": "LoRA of parameters",
-}
-
-#: Initial values that change the base model, to which an adapter then adds.
-_OF_ANOTHER_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-
-
-class LowRank(NamedTuple):
-    """What a LoRA adds to a layer: scaling · B A x."""
-
-    A: Tensor
-    """``[r, in_features]``"""
-    B: Tensor
-    """``[out_features, r]``"""
-    scaling: float
-
-
-@dataclass
-class PeftAdapter:
-    """A LoRA of PEFT.
-
-    Attributes:
-        folder: where it was.
-        config: the values of its ``adapter_config.json``.
-        layers: its factors, by the names of layers of the base model.
-        others: its other tensors, such as heads that were trained with it, by their keys.
-    """
-
-    folder: Path
-    config: dict[str, Any]
-    layers: dict[str, LowRank]
-    others: dict[str, Tensor] = field(default_factory=dict)
-
-
-def read_peft_adapter(folder: str | Path) -> PeftAdapter:
-    r"""Read a LoRA that PEFT saved. PEFT is not needed.
-
-    Ranks are those of the tensors. The scaling is :math:`\alpha / r`, or :math:`\alpha / \sqrt r`
-    with ``use_rslora``, with ``rank_pattern`` and ``alpha_pattern`` as PEFT reads them.
-
-    Args:
-        folder: with ``adapter_model.safetensors`` and ``adapter_config.json``.
-
-    Raises:
-        ValueError: a file is missing, pickled or damaged, the adapter is of another type, such as
-            DoRA, or changed its base model. The text names the folder.
-        ImportError: safetensors is not installed; it comes with the extra ``lora``.
-    """
-    folder = Path(folder)
-    config = read_config("read_peft_adapter", folder)
-    _check_kind(config, folder)
-    tensors, _ = read_tensors("read_peft_adapter", folder)
-    rules = _rules(config, folder)
-    layers, others = {}, {}
-    for key, a in tensors.items():
-        name, kind = _split(key)
-        if kind == "":
-            others[key] = a
-            continue
-        b = tensors.get(f"{name}.lora_B.weight")
-        if kind not in ("lora_A.weight", "lora_B.weight") or a.dim() != 2:
-            _refuse(folder, f"factors of linear layers, got {key} of shape {list(a.shape)}")
-        if f"{name}.lora_A.weight" not in tensors or b is None:
-            _refuse(folder, f"two factors of {name}, got {key} alone")
-        if kind == "lora_B.weight":
-            continue
-        rank = rules.rank_of(name, 0)
-        if a.shape[0] != rank or b.shape[1:] != (rank,):
-            _refuse(
-                folder,
-                f"factors of rank {rank} of {name}, got {list(a.shape)} and {list(b.shape)}",
-            )
-        layers[name] = LowRank(a, b, rules.scaling_of(name, 0))
-    if not layers:
-        _refuse(folder, f"factors of a LoRA in {WEIGHTS}, got none")
-    return PeftAdapter(folder, config, layers, others)
+from torch_routers.routers import PrototypeRouter
 
 
 def from_adapters(
     model: nn.Module,
     adapters: Mapping[str, str | Path],
     *,
-    router: str = "TopKRouter",
+    router: str | None = None,
     router_arguments: dict[str, Any] | None = None,
+    init: str = "default",
+    general: Sequence[str | Path] = (),
     trainable: str = "router",
     mix: str = "default",
     **options: Any,
 ) -> InjectionReport:
-    """Make a mixture of LoRAs that PEFT saved: each is an expert, and a router is to be trained.
+    """Make a mixture of LoRAs that PEFT saved: each is an expert, and a router chooses among them.
 
     A layer gets experts if an adapter has it; one that does not has rank 0 there, and adds nothing.
 
     Args:
         model: the base model of the adapters, changed in place.
-        adapters: folders, by the names of the experts.
-        router, router_arguments: as in `RoutedLoraConfig`.
+        adapters: folders, by the names of the experts: of PEFT, or what `save_adapter` wrote of a
+            mixture with one expert.
+        router, router_arguments: as in `RoutedLoraConfig`. Default: ``"PrototypeRouter"`` with
+            ``init="arrow"`` and ``"gates"``, else ``"TopKRouter"``.
+        init: how the router begins. ``"default"``: as its class does. ``"zeros"``: with weights of
+            0, so that all experts are alike. ``"arrow"``: with what the experts answer to most, for
+            no training at all; see `arrow_prototypes`. ``"gates"``: with the router of each
+            adapter's own mixture, trained with that expert alone (PHATGOOSE, arXiv 2402.05859).
+            `gates_from_samples` builds a router from samples, afterwards.
+        general: folders of adapters of general knowledge: the means of their factors are subtracted
+            from those of each expert (GenKnowSub), whose rank they have.
         trainable: ``"router"``: the experts are frozen; ``"all"``: they are trained too.
         mix: the name of the mixture.
         options: more of `RoutedLoraConfig`, such as ``router_scope`` and ``losses``.
@@ -142,11 +68,15 @@ def from_adapters(
     and that an adapter has more than factors, such as a head, which is left out.
     """
     check_choice("from_adapters", "trainable", trainable, ("router", "all"))
+    check_choice("from_adapters", "init", init, ("default", "zeros", "arrow", "gates"))
     if not adapters:
         raise ValueError("from_adapters: expected adapters, got none")
-    read = {expert: read_peft_adapter(folder) for expert, folder in adapters.items()}
+    read = {expert: read_adapter(folder) for expert, folder in adapters.items()}
     for adapter in read.values():
         _check_fits(model, adapter)
+    _subtract_mean(read, [read_adapter(folder) for folder in general])
+    if router is None:
+        router = "PrototypeRouter" if init in ("arrow", "gates") else "TopKRouter"
     names = [
         name
         for name, _ in model.named_modules()
@@ -174,7 +104,52 @@ def from_adapters(
                     part.weight.copy_(factor)
                 for part in parts:
                     part.requires_grad_(trainable == "all")
+            if init == "gates":
+                _set_gates(layer, name, mix, read)
+    if init == "zeros":
+        for scope in scopes_of(model, "from_adapters", mix):
+            for parameter in scope.router.parameters():
+                nn.init.zeros_(parameter)
+    elif init == "arrow":
+        arrow_prototypes(model, mix)
     return report
+
+
+def _subtract_mean(read: dict[str, PeftAdapter], general: list[PeftAdapter]) -> None:
+    """Factors of experts without what adapters of general knowledge have in common."""
+    if not general:
+        return
+    for adapter in read.values():
+        for name, factors in adapter.layers.items():
+            common = [other.layers.get(name) for other in general]
+            shapes = {None if f is None else f.A.shape for f in common}
+            if shapes != {factors.A.shape}:
+                raise ValueError(
+                    f"from_adapters: expected general adapters with factors of {name} of rank "
+                    f"{factors.A.shape[0]}, as in {adapter.folder}, got "
+                    f"{[None if f is None else f.A.shape[0] for f in common]}"
+                )
+            adapter.layers[name] = factors._replace(
+                A=factors.A - torch.stack([f.A for f in common]).mean(0),
+                B=factors.B - torch.stack([f.B for f in common]).mean(0),
+            )
+
+
+def _set_gates(
+    layer: RoutedLoraLinear, name: str, mix: str, read: Mapping[str, PeftAdapter]
+) -> None:
+    """The prototypes of a layer: the gates that were trained there, each with its expert."""
+    router = layer.scope(mix).router
+    for e, adapter in enumerate(read.values()):
+        gate = adapter.gates.get(f"{name}.routed_gate.weight")
+        if name not in adapter.layers:
+            continue  # of rank 0 here
+        if not isinstance(router, PrototypeRouter) or gate is None or gate.shape[0] != 1:
+            raise ValueError(
+                "from_adapters: expected a PrototypeRouter and adapters with gates for "
+                f'init="gates", got {type(router).__name__} and none of {name} in {adapter.folder}'
+            )
+        router.prototypes[e] = gate[0]
 
 
 def exact_targets(model: nn.Module, names: list[str]) -> list[str] | str:
@@ -183,55 +158,6 @@ def exact_targets(model: nn.Module, names: list[str]) -> list[str] | str:
     if any(name.endswith(ends) for name, _ in model.named_modules()):
         return "|".join(map(re.escape, names))
     return names
-
-
-# ---- what is refused -----------------------------------------------------------------------------
-
-
-def _check_kind(config: dict[str, Any], folder: Path) -> None:
-    kind = config.get("peft_type")
-    if kind != "LORA":
-        _refuse(folder, f"an adapter of type LORA, got {kind}")
-    for name, meaning in _MORE_THAN_LORA.items():
-        if config.get(name):
-            _refuse(folder, f"a plain LoRA, got {meaning} ({name})")
-    if config.get("bias", "none") != "none":
-        _refuse(folder, f"a LoRA without biases, got bias={config['bias']!r}")
-    init = config.get("init_lora_weights")
-    if isinstance(init, str) and init.lower().startswith(_OF_ANOTHER_BASE):
-        _refuse(
-            folder,
-            f"a LoRA of a base model that is not changed, got init_lora_weights={init!r}, which "
-            "does. Save it with path_initial_model_for_weight_conversion",
-        )
-    for name in ("r", "lora_alpha"):
-        if name not in config:
-            _refuse(folder, f"a configuration with {name}, got {sorted(config)}")
-
-
-def _rules(config: dict[str, Any], folder: Path) -> RoutedLoraConfig:
-    """What the configuration says about ranks and scalings."""
-    try:
-        return RoutedLoraConfig(
-            r=config["r"],
-            lora_alpha=config["lora_alpha"],
-            rank_pattern=config.get("rank_pattern"),
-            alpha_pattern=config.get("alpha_pattern"),
-            use_rslora=config.get("use_rslora", False),
-            num_experts=1,
-        )
-    except ValueError as error:
-        _refuse(folder, f"ranks and scalings of a LoRA, got others ({error})")
-
-
-def _split(key: str) -> tuple[str, str]:
-    """The name of a layer, and which of its factors it is; nothing for other tensors."""
-    match = re.fullmatch(r"(.+?)\.(lora_.+)", key)
-    return (key, "") if match is None else (match[1], match[2])
-
-
-def _refuse(folder: Path, what: str) -> NoReturn:
-    raise ValueError(f"read_peft_adapter: expected {what}, in {folder}")
 
 
 def _check_fits(model: nn.Module, adapter: PeftAdapter) -> None:

@@ -22,9 +22,9 @@ SCHEMA_VERSION = 1
 
 CHOICES: dict[str, tuple[Any, ...]] = {
     "router_scope": ("module", "block", "layer", "model"),
-    "router_input": ("token", "sequence", "task", "first_pass"),
+    "router_input": ("token", "sequence", "task", "first_pass", "last_hidden"),
     "mode": (None, "hard", "soft", "soft_topk", "st_topk"),
-    "mix": ("product",),
+    "mix": ("product", "shared_a", "factors", "ranks", "block"),
     "layout": ("expert_major",),
 }
 
@@ -36,6 +36,7 @@ def check_config(config: RoutedLoraConfig) -> None:
     _check_patterns(config)
     _check_targets(config)
     _check_router(config)
+    _check_mix(config)
 
 
 def _check_numbers(config: RoutedLoraConfig) -> None:
@@ -66,6 +67,14 @@ def _check_experts(config: RoutedLoraConfig) -> None:
             fail(field, f"for num_experts={config.num_experts} experts", of_experts)
     for rank in config.ranks or ():
         _check_integer("ranks", rank, 0)
+    for count in config.experts_per_layer or ():
+        _check_integer("experts_per_layer", count, 1)
+    if config.experts_per_layer is not None:
+        if max(config.experts_per_layer, default=0) != config.num_experts:
+            condition = f"of which num_experts={config.num_experts} is the largest"
+            fail("experts_per_layer", condition, config.experts_per_layer)
+        if config.router_scope == "model":
+            fail("router_scope", "other than 'model' with experts_per_layer", config.router_scope)
     for name in names:
         if not (isinstance(name, str) and name and "." not in name):
             fail("expert_names", "names without dots", names)
@@ -114,6 +123,32 @@ def _check_router(config: RoutedLoraConfig) -> None:
         fail("router_arguments", "without sizes and losses", sorted(taken))
     if config.router_input == "task":
         _check_integer("num_tasks", config.num_tasks, 1)
+
+
+def _check_mix(config: RoutedLoraConfig) -> None:
+    mix = f"with mix={config.mix!r}"
+    needs = {
+        "factors": {"router_input": ("sequence", "task")},
+        "ranks": {
+            "router_scope": ("module",),
+            "router": ("RankRouter",),
+            "router_input": ("token",),
+            "r": (1,),
+            "lora_dropout": (0,),
+        },
+        "block": {"router_scope": ("block",)},
+    }.get(config.mix, {})
+    for field, choices in needs.items():
+        if getattr(config, field) not in choices:
+            fail(field, f"among {list(choices)} {mix}", getattr(config, field))
+    if config.router == "RankRouter" and config.mix != "ranks":
+        fail("mix", "'ranks' with router='RankRouter'", config.mix)
+    if config.mix in ("shared_a", "factors", "ranks"):  # experts are of one shape
+        patterns = [*config.rank_pattern.values()]
+        if config.mix != "shared_a":
+            patterns += config.alpha_pattern.values()
+        if config.ranks is not None or any(isinstance(value, list) for value in patterns):
+            fail("ranks and patterns", f"that are the same for all experts {mix}", config.ranks)
 
 
 # ---- values --------------------------------------------------------------------------------------

@@ -10,10 +10,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from torch_routers.lora.adapters import LowRank, exact_targets
+from torch_routers.lora.adapters import exact_targets
 from torch_routers.lora.files import exact_patterns
-from torch_routers.lora.inject import config_of, layers_of
+from torch_routers.lora.folders import LowRank
+from torch_routers.lora.inject import config_of, experts_of, layers_of
 from torch_routers.lora.linear import RoutedLoraLinear
+from torch_routers.lora.means import Batches, mean_weights
 from torch_routers.lora.storage import (
     PREFIX,
     base_model_name,
@@ -57,8 +59,9 @@ class CollapsedLora:
 
 def collapse_to_lora(
     model: nn.Module,
-    weights: Mapping[str, float] | Sequence[float] | Tensor,
+    weights: Mapping[str, float] | Sequence[float] | Tensor | Literal["mean"],
     *,
+    data: Batches = (),
     rank: int | None = None,
     method: Literal["cat", "svd"] = "cat",
     mix: str = "default",
@@ -75,7 +78,10 @@ def collapse_to_lora(
 
     Args:
         model: is not changed.
-        weights: of the experts, by name, where those without have 0, or all in order.
+        weights: of the experts, by name, where those without have 0, or all in order; ``"mean"``:
+            in each layer, those that its router gives on the mean over ``data``.
+        data: for ``"mean"``: what the model is called with, without gradients: dicts of keywords,
+            or sequences of arguments. Masked tokens are not part of the mean.
         rank: for ``"svd"``; layers whose product has less keep that. Default: the largest rank of
             an expert.
         method: as above.
@@ -98,22 +104,30 @@ def collapse_to_lora(
     """
     check_choice("collapse_to_lora", "method", method, ("cat", "svd"))
     layers = layers_of(model, mix, "collapse_to_lora")
-    of_experts = _weights_of(layers, weights, mix)
+    if isinstance(weights, str):
+        check_choice("collapse_to_lora", "weights", weights, ("mean",))
+        means = mean_weights(model, data, mix, "collapse_to_lora")
+        of_layers = {
+            name: dict(zip(layer.experts(mix), means[layer.scope(mix)].tolist()))
+            for name, layer in layers.items()
+        }
+    else:
+        of_layers = dict.fromkeys(layers, _weights_of(layers, weights, mix))
     if method == "cat" and rank is not None:
         raise ValueError(f'collapse_to_lora: expected no rank with method="cat", got {rank}')
     if rank is not None and rank < 1:
         raise ValueError(f"collapse_to_lora: expected rank >= 1, got {rank}")
     collapsed, lost, total = {}, {}, {}
     for name, layer in layers.items():
-        a, b = stacked_factors(layer, of_experts, mix)
+        a, b = stacked_factors(layer, of_layers[name], mix)
         if a.shape[0] == 0:
             continue
         if method == "svd":
-            most = max(factor.weight.shape[0] for factor in layer.routed_A[mix].values())
+            most = max(layer.factors(mix, e)[0].shape[0] for e in layer.experts(mix))
             a, b, lost[name], total[name] = _truncated(a, b, most if rank is None else rank)
         collapsed[name] = LowRank(a, b, 1.0)
     if not collapsed:
-        raise ValueError(f"collapse_to_lora: expected an expert with a weight, got {of_experts}")
+        raise ValueError(f"collapse_to_lora: expected an expert with a weight, got {weights}")
     whole = sum(total.values())
     return _plain_lora(
         model,
@@ -157,18 +171,15 @@ def export_expert(
     ['sql']
     """
     layers = layers_of(model, mix, "export_expert")
-    known = next(iter(layers.values())).experts(mix)
+    known = experts_of(layers, mix)
     if expert not in known:
         raise ValueError(f"export_expert: expected an expert among {known}, got {expert!r}")
-    factors = {
-        name: LowRank(
-            layer.routed_A[mix][expert].weight.detach(),
-            layer.routed_B[mix][expert].weight.detach(),
-            layer.scaling[mix][expert],
-        )
-        for name, layer in layers.items()
-        if layer.routed_A[mix][expert].weight.shape[0] > 0
-    }
+    factors = {}
+    for name, layer in layers.items():
+        if expert in layer.experts(mix):
+            a, b = (factor.detach() for factor in layer.factors(mix, expert))
+            if a.shape[0] > 0:
+                factors[name] = LowRank(a, b, layer.scaling[mix][expert])
     if not factors:
         raise ValueError(f"export_expert: expected a rank above 0 in some layer, got {expert!r}")
     exported = _plain_lora(model, mix, factors, error=0.0, errors=dict.fromkeys(factors, 0.0))
@@ -180,7 +191,7 @@ def export_expert(
 
 
 def _weights_of(layers: Mapping[str, RoutedLoraLinear], weights: Any, mix: str) -> dict[str, float]:
-    known = next(iter(layers.values())).experts(mix)
+    known = experts_of(layers, mix)
     if isinstance(weights, Mapping):
         unknown = sorted(set(weights) - set(known))
         if unknown:
@@ -197,14 +208,28 @@ def _weights_of(layers: Mapping[str, RoutedLoraLinear], weights: Any, mix: str) 
 def stacked_factors(
     layer: RoutedLoraLinear, weights: Mapping[str, float], mix: str
 ) -> tuple[Tensor, Tensor]:
-    """Both factors of the weighted sum of products."""
-    used = {expert: weight for expert, weight in weights.items() if weight != 0}
-    factors_a = [layer.routed_A[mix][e].weight.detach() for e in used]
+    """Both factors of what a mixture adds with these weights.
+
+    Raises:
+        ValueError: it is no low-rank map: several networks, weighed.
+    """
+    kind = layer.kind[mix]
+    if kind == "block" and sorted(w for w in weights.values() if w != 0) != [1]:
+        raise ValueError(
+            'lora: expected one expert of weight 1 with mix="block", whose experts are networks, '
+            f"got {dict(weights)}. Use export_expert"
+        )
+    experts = layer.experts(mix)
+    used = {e: weight for e, weight in weights.items() if weight != 0 and e in experts}
+    factors_a = [layer.factors(mix, e)[0].detach() for e in used]
     factors_b = [
-        (weight * layer.scaling[mix][e]) * layer.routed_B[mix][e].weight.detach()
+        (weight * layer.scaling[mix][e]) * layer.factors(mix, e)[1].detach()
         for e, weight in used.items()
     ]
-    some = next(iter(layer.routed_A[mix].values())).weight
+    if kind == "factors" and used:
+        mixed_a = sum(weight * a for a, weight in zip(factors_a, used.values()))
+        return mixed_a, sum(factors_b)
+    some = layer.factors(mix, experts[0])[0]
     empty_a, empty_b = some.new_empty(0, layer.in_features), some.new_empty(layer.out_features, 0)
     return torch.cat([empty_a, *factors_a]), torch.cat([empty_b, *factors_b], 1)
 

@@ -59,21 +59,37 @@ class RoutedLoraConfig:
             for adapters that are written for PEFT.
         task_type, inference_mode: kept for PEFT.
         num_experts: experts of each layer. Default: the number of ``expert_names`` or of ``ranks``,
-            or 4.
+            the largest of ``experts_per_layer``, or 4.
+        experts_per_layer: for each layer of the model, how many of the experts it has: the first
+            ones. For ``router_scope`` other than ``"model"`` (MoLA, arXiv 2402.08562).
         expert_names: their names, distinct and without dots. Default: ``"0"``, ``"1"``, …
         ranks: a rank for each expert, in the place of ``r``. 0: it adds nothing.
         router: a class of routers, its name, or that of a known model; see `create_router`.
         router_arguments: of its constructor, without sizes and losses. Default: ``top_k`` of 2 for
-            ``"TopKRouter"``, or 1 where there is one expert.
+            ``"TopKRouter"``, or 1 where there is one expert, and 3 for ``"PrototypeRouter"``, or
+            fewer where there are fewer experts.
         router_scope: what shares a routing: each layer has its own, all that have the same parent,
             all in one layer of the model, or all of the model.
-        router_input: what it is computed from: each token, the mean of a sequence, the task, or
-            each token in a first pass without experts.
+        router_input: what it is computed from: each token, the mean of a sequence, the task, each
+            token as it was here in a first pass without experts, or as the model had it last in
+            that pass. See `two_passes`.
         num_tasks: for ``router_input="task"``.
         task_embedding_size: features of the embedding of a task.
         mode: of a router that has modes; the same as ``mode`` among the ``router_arguments``, and
             it takes precedence.
-        mix: what is weighed: ``"product"``, that of A and B.
+        mix: what is weighed.
+            ``"product"``: :math:`\sum_e w_e c_e B_e A_e x`.
+            ``"shared_a"``: :math:`\sum_e w_e c_e B_e A x`, with one A for all experts (HydraLoRA,
+            arXiv 2404.19245).
+            ``"factors"``: :math:`c (\sum_e w_e B_e)(\sum_e w_e A_e) x`, with a routing per
+            sequence, thus ``router_input`` of ``"sequence"`` or ``"task"`` (Poly,
+            arXiv 2202.13914).
+            ``"ranks"``: each expert is a rank of one LoRA, chosen by a `RankRouter`, which has the
+            factor A; ``r`` is 1 (FlyLoRA, arXiv 2510.08396).
+            ``"block"``: each expert is the parent of the layers with its own LoRAs in them, thus
+            ``router_scope="block"``: a feed-forward network, nonlinearity and all (MixLoRA,
+            arXiv 2404.15159). The parent takes hidden states and returns some; tokens are given to
+            it once for each expert they have.
         losses: auxiliary losses, or their configurations, which the field keeps. Each router gets
             losses of its own.
         layout: of the factors in a file, ``"expert_major"``.
@@ -108,16 +124,17 @@ class RoutedLoraConfig:
     task_type: str | None = None
     inference_mode: bool = False
     num_experts: int | None = None
+    experts_per_layer: list[int] | None = None
     expert_names: list[str] | None = None
     ranks: list[int] | None = None
     router: str | type[Router] = "TopKRouter"
     router_arguments: dict[str, Any] | None = None
     router_scope: Literal["module", "block", "layer", "model"] = "module"
-    router_input: Literal["token", "sequence", "task", "first_pass"] = "token"
+    router_input: Literal["token", "sequence", "task", "first_pass", "last_hidden"] = "token"
     num_tasks: int | None = None
     task_embedding_size: int = 64
     mode: Literal["hard", "soft", "soft_topk", "st_topk"] | None = None
-    mix: Literal["product"] = "product"
+    mix: Literal["product", "shared_a", "factors", "ranks", "block"] = "product"
     losses: Sequence[RouterLoss | dict[str, Any]] = ()
     layout: Literal["expert_major"] = "expert_major"
     schema_version: int = SCHEMA_VERSION
@@ -130,6 +147,22 @@ class RoutedLoraConfig:
     def experts(self) -> list[str]:
         """The names of the experts, in the order of the router."""
         return list(self.expert_names or map(str, range(self.num_experts)))
+
+    def num_experts_of(self, module_name: str) -> int:
+        """How many experts a layer has, by its name.
+
+        Raises:
+            ValueError: ``experts_per_layer`` says nothing about it.
+        """
+        if self.experts_per_layer is None:
+            return self.num_experts
+        number = re.search(r"(?:^|\.)(\d+)\.", module_name)
+        if number is None or int(number[1]) >= len(self.experts_per_layer):
+            raise ValueError(
+                "RoutedLoraConfig: expected experts_per_layer for each layer of the model, got "
+                f"{len(self.experts_per_layer)} numbers, and none for {module_name}"
+            )
+        return self.experts_per_layer[int(number[1])]
 
     def rank_of(self, module_name: str, expert: int) -> int:
         """The rank of an expert, by its number, in a layer, by its name."""
@@ -202,7 +235,7 @@ class RoutedLoraConfig:
         plain: dict[str, Any] = {
             "losses": [as_loss_config(loss) for loss in as_list("losses", self.losses)]
         }
-        for name in ("expert_names", "ranks", "layers_to_transform"):
+        for name in ("expert_names", "experts_per_layer", "ranks", "layers_to_transform"):
             value = getattr(self, name)
             may_be_one = name == "layers_to_transform" and isinstance(value, int)
             if value is not None and not may_be_one:
@@ -225,9 +258,11 @@ class RoutedLoraConfig:
         count, arguments = self.num_experts, self.router_arguments
         if count is None:
             of_experts = self.ranks if self.expert_names is None else self.expert_names
-            count = 4 if of_experts is None else len(of_experts)
+            count = len(of_experts) if of_experts is not None else None
+            count = max(self.experts_per_layer or [4]) if count is None else count
         if arguments is None:
-            arguments = {"top_k": 1 if count == 1 else 2} if self.router == "TopKRouter" else {}
+            most = {"TopKRouter": 2, "PrototypeRouter": 3}.get(self.router)
+            arguments = {} if most is None else {"top_k": min(most, count)}
         arguments = as_dict("router_arguments", arguments)
         mode = arguments.get("mode") if self.mode is None else self.mode
         if mode is not None:

@@ -13,7 +13,15 @@ from typing import Any
 from torch import Tensor, nn
 
 from torch_routers.lora.config import RoutedLoraConfig
-from torch_routers.lora.inject import config_of, configs_of, inject, layers_of, scopes_of, unload
+from torch_routers.lora.inject import (
+    config_of,
+    configs_of,
+    experts_of,
+    inject,
+    layers_of,
+    scopes_of,
+    unload,
+)
 from torch_routers.lora.linear import RoutedLoraLinear
 from torch_routers.lora.scope import RoutingScope
 from torch_routers.lora.storage import (
@@ -115,15 +123,13 @@ def current_config(model: nn.Module, mix: str = "default") -> RoutedLoraConfig:
     """
     layers = layers_of(model, mix, "save_adapter")
     config = _of_mode(config_of(model, mix, "save_adapter"), scopes_of(model, "lora", mix))
-    experts = next(iter(layers.values())).experts(mix)
-    ranks = {
-        name_on_disk(name): [layer.routed_A[mix][e].weight.shape[0] for e in experts]
-        for name, layer in layers.items()
-    }
-    scalings = {
-        name_on_disk(name): [layer.scaling[mix][e] for e in experts]
-        for name, layer in layers.items()
-    }
+    experts = experts_of(layers, mix)
+    ranks, scalings = {}, {}
+    for name, layer in layers.items():
+        absent = [0] * (len(experts) - len(layer.experts(mix)))
+        of_layer = [layer.factors(mix, e)[0].shape[0] for e in layer.experts(mix)]
+        ranks[name_on_disk(name)] = of_layer + absent
+        scalings[name_on_disk(name)] = [*layer.scaling[mix].values(), *absent]
     told = config.experts() == experts and all(
         config.rank_of(name, e) == rank and config.scaling_of(name, e) == scalings[name][e]
         for name, of_experts in ranks.items()
@@ -224,7 +230,7 @@ def _load(
         keys = module.state_dict()
         module.load_state_dict({key: tensors[f"{name}.{key}"] for key in keys})
     for name, layer in layers_of(model, mix, "load_adapter").items():
-        for e, expert in enumerate(config.experts()):
+        for e, expert in enumerate(layer.experts(mix)):
             layer.scaling[mix][expert] = config.scaling_of(name_on_disk(name), e)
 
 
@@ -258,7 +264,7 @@ def _check_same(config: RoutedLoraConfig, present: RoutedLoraConfig, path: Path)
 
 def _identity(config: RoutedLoraConfig) -> dict[str, Any]:
     """What files and a mixture they are loaded into have in common."""
-    fields = ("router", "router_scope", "router_input", "mix")
+    fields = ("router", "router_scope", "router_input", "mix", "experts_per_layer")
     arguments = {name: value for name, value in config.router_arguments.items() if name != "mode"}
     same = {"experts": config.experts(), **{name: getattr(config, name) for name in fields}}
     return same | {"router_arguments": arguments}
@@ -270,13 +276,20 @@ def _frozen(layers: dict[str, RoutedLoraLinear], mix: str) -> dict[str, Any]:
     def is_frozen(modules: list[nn.Module]) -> bool:
         return not any(p.requires_grad for module in modules for p in module.parameters())
 
-    experts = next(iter(layers.values())).experts(mix)
+    experts = experts_of(layers, mix)
     owners = [part[mix] for part in _gates(layers) if mix in part]
     return {
         "experts": [
             e
             for e in experts
-            if is_frozen([p[mix][e] for x in layers.values() for p in (x.routed_A, x.routed_B)])
+            if is_frozen(
+                [
+                    part[mix][e]
+                    for layer in layers.values()
+                    for part in (layer.routed_A, layer.routed_B)
+                    if e in part[mix]
+                ]
+            )
         ],
         "router": is_frozen(owners),
     }
@@ -287,7 +300,8 @@ def _freeze(model: nn.Module, mix: str, frozen: dict[str, Any]) -> None:
     for layer in layers.values():
         for expert in set(frozen.get("experts", ())) & set(layer.experts(mix)):
             for part in layer.routed_A, layer.routed_B:
-                part[mix][expert].requires_grad_(False)
+                if expert in part[mix]:
+                    part[mix][expert].requires_grad_(False)
     if frozen.get("router"):
         for part in _gates(layers):
             if mix in part:

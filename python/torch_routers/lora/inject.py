@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator
+from typing import Any
 
 from torch import nn
 
@@ -11,8 +12,7 @@ from torch_routers.lora.linear import RoutedLoraLinear, features_of
 from torch_routers.lora.matching import InjectionReport, linear_features, match_modules
 from torch_routers.lora.scope import RoutingScope
 from torch_routers.lora.storage import saved_modules
-from torch_routers.registry import create_router, from_config
-from torch_routers.routers import Router
+from torch_routers.registry import create_router, from_config, router_parameters
 
 
 def inject(model: nn.Module, config: RoutedLoraConfig, mix: str = "default") -> InjectionReport:
@@ -58,6 +58,14 @@ def inject(model: nn.Module, config: RoutedLoraConfig, mix: str = "default") -> 
     scopes = {
         container: _make_scope(model, config, name, container) for container, name in owners.items()
     }
+    for name in containers if config.mix == "factors" else ():
+        splits = config.router_arguments.get("num_splits", 1)
+        features = features_of(modules[name])
+        if any(size % splits for size in features):
+            raise ValueError(
+                f"inject: expected features that num_splits={splits} divides, got "
+                f"{list(features)} in {name}"
+            )
     _freeze(model, config)
     for scope in scopes.values():
         scope.router._inputs = inputs_of(model)
@@ -66,14 +74,16 @@ def inject(model: nn.Module, config: RoutedLoraConfig, mix: str = "default") -> 
             scope.watch(modules[scope.name], keeps_routing=keeps)
     for name, container in containers.items():
         layer = _wrapped(model, name, modules[name])
+        own = experts[: config.num_experts_of(name)]
         layer.add_mix(
             mix,
-            {expert: config.rank_of(name, e) for e, expert in enumerate(experts)},
-            {expert: config.scaling_of(name, e) for e, expert in enumerate(experts)},
+            {expert: config.rank_of(name, e) for e, expert in enumerate(own)},
+            {expert: config.scaling_of(name, e) for e, expert in enumerate(own)},
             scopes[container],
             dropout=config.lora_dropout,
             owns_router=owners[container] == name,
             init=config.init_lora_weights,
+            kind=config.mix,
         )
         layer.train(layer.base_layer.training)
     for layer in layers_of(model).values():
@@ -121,6 +131,11 @@ def layers_of(
             f"{sorted(configs_of(model))}"
         )
     return layers
+
+
+def experts_of(layers: dict[str, RoutedLoraLinear], mix: str) -> list[str]:
+    """The names of a mixture's experts: of the layer that has most of them."""
+    return max((layer.experts(mix) for layer in layers.values()), key=len)
 
 
 def unload(model: nn.Module, mix: str | None = None) -> nn.Module:
@@ -211,21 +226,43 @@ def _make_scope(
     inner = model.get_submodule(name) if of_module else _first_linear(model, watched)
     hidden_size, tasks = features_of(inner)[0], None
     device = next((p.device for p in inner.parameters()), None)
-    if config.router_input == "task":
+    takes = router_parameters(config.router)
+    if config.router_input == "task" and "num_tasks" not in takes:
         hidden_size = config.task_embedding_size
         tasks = nn.Embedding(config.num_tasks, hidden_size, device=device)
-    router = _make_router(config, hidden_size).to(device)
-    return RoutingScope(router, watched, router_input=config.router_input, tasks=tasks)
-
-
-def _make_router(config: RoutedLoraConfig, hidden_size: int) -> Router:
-    losses = [from_config(loss) for loss in config.losses]  # each router has its own
-    arguments = dict(config.router_arguments)
-    if losses:
-        arguments["losses"] = losses
-    return create_router(
-        config.router, hidden_size=hidden_size, num_experts=config.num_experts, **arguments
+    elif config.router_input == "last_hidden":
+        hidden_size = body_of(model).config.hidden_size
+    arguments: dict[str, Any] = {
+        **config.router_arguments,
+        "num_experts": config.num_experts_of(name),
+    }
+    if config.losses:
+        arguments["losses"] = [from_config(loss) for loss in config.losses]  # each has its own
+    if "hidden_size" in takes:
+        arguments["hidden_size"] = hidden_size
+    if "num_tasks" in takes and config.num_tasks is not None:
+        arguments["num_tasks"] = config.num_tasks
+    if "num_splits" in takes:
+        arguments["num_experts"] *= arguments.get("num_splits", 1)
+    router = create_router(config.router, **arguments).to(device)
+    return RoutingScope(
+        router, watched, router_input=config.router_input, tasks=tasks, kind=config.mix
     )
+
+
+def body_of(model: nn.Module) -> nn.Module:
+    """What a model of Transformers has below its head.
+
+    Raises:
+        ValueError: another kind of model.
+    """
+    body = getattr(model, getattr(model, "base_model_prefix", ""), None)
+    if not isinstance(body, nn.Module) or not hasattr(getattr(body, "config", None), "hidden_size"):
+        raise ValueError(
+            "lora: expected a model of Transformers with a head, for its last hidden state, got "
+            f"{type(model).__name__}"
+        )
+    return body
 
 
 def _first_linear(model: nn.Module, container: str) -> nn.Module:

@@ -8,9 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torch_routers import ops
 from torch_routers.lora.matching import linear_features
+from torch_routers.lora.mixing import MIXES, Factors
 from torch_routers.lora.scope import RoutingScope
+
+#: The name of a factor that all experts of a mixture have in common.
+SHARED = "shared"
 
 
 class LowRankFactor(nn.Module):
@@ -34,8 +37,9 @@ class RoutedLoraLinear(nn.Module):
     .. math::  y = \mathrm{base}(x) + \sum_e w_e(x)\, c_e\, B_e A_e\, d(x)
 
     with weights :math:`w` from a router, scalings :math:`c_e`, and dropout :math:`d`, one mask for
-    all experts. `inject` puts such layers into a model; experts belong to a *mixture*, of which a
-    layer may have several by name, one of them active.
+    all experts; other kinds of mixtures than this ``"product"`` are among the options of
+    `RoutedLoraConfig`. `inject` puts such layers into a model; experts belong to a *mixture*, of
+    which a layer may have several by name, one of them active.
 
     Args:
         base_layer: any module with ``in_features`` and ``out_features``, such as ``nn.Linear`` or
@@ -44,9 +48,10 @@ class RoutedLoraLinear(nn.Module):
     The parameters are ``routed_A.<mixture>.<expert>.weight`` ``[r_e, in_features]`` and
     ``routed_B.<mixture>.<expert>.weight`` ``[out_features, r_e]``, in float32 (float64 where the
     base has it) whatever the dtype of the base: they are rounded to the dtype of ``x`` for the
-    product. The result has the dtype of the base's result. ``routed_gate.<mixture>`` is the router,
-    where no other layer of the same scope has it, and ``routed_tasks.<mixture>`` the embedding of
-    tasks that it looks at, if it does.
+    product. What all experts of a mixture share is one factor named ``shared`` instead. The result
+    has the dtype of the base's result. ``routed_gate.<mixture>`` is the router, where no other
+    layer of the same scope has it, and ``routed_tasks.<mixture>`` the embedding of tasks that it
+    looks at, if it does.
 
     A layer without an active mixture returns what its base returns, to the bit. So does one whose
     :math:`B` are 0, as they are at first.
@@ -63,6 +68,7 @@ class RoutedLoraLinear(nn.Module):
         self.routed_gate, self.routed_tasks = nn.ModuleDict(), nn.ModuleDict()
         self.scaling: dict[str, dict[str, float]] = {}
         self.dropout: dict[str, float] = {}
+        self.kind: dict[str, str] = {}
         self.active_mix: str | None = None
         self._scopes: dict[str, RoutingScope] = {}
 
@@ -76,6 +82,7 @@ class RoutedLoraLinear(nn.Module):
         dropout: float = 0.0,
         owns_router: bool = False,
         init: bool | str = True,
+        kind: str = "product",
     ) -> None:
         """Add a mixture and make it the active one.
 
@@ -87,12 +94,15 @@ class RoutedLoraLinear(nn.Module):
             dropout: probability that a number of ``x`` is 0 for the experts, in training.
             owns_router: have the router of the scope among the modules of this layer.
             init: first values of experts, as in `reset_expert`.
+            kind: ``mix`` of `RoutedLoraConfig`.
         """
         if mix in self.routed_A:
             raise ValueError(f"RoutedLoraLinear: expected a new name of a mixture, got {mix!r}")
         self.routed_A[mix], self.routed_B[mix] = nn.ModuleDict(), nn.ModuleDict()
         self.scaling[mix], self.dropout[mix] = {}, dropout
+        self.kind[mix] = kind
         self._scopes[mix], self.active_mix = scope, mix
+        scope.layers.append(self)
         if owns_router:
             self.routed_gate[mix] = scope.router
             if scope.tasks is not None:
@@ -104,35 +114,48 @@ class RoutedLoraLinear(nn.Module):
         self, mix: str, expert: str, rank: int, scaling: float, init: bool | str = True
     ) -> None:
         """Add an expert; its router has to know it."""
-        factory = self._factory()
-        self.routed_A[mix][expert] = LowRankFactor(rank, self.in_features, **factory)
+        factory, kind = self._factory(), self.kind[mix]
+        if kind == "ranks":  # the router has A; each expert is a column of B
+            if not self.routed_B[mix]:
+                ranks = self._scopes[mix].router.num_experts
+                self.routed_B[mix][SHARED] = LowRankFactor(self.out_features, ranks, **factory)
+                _reset_b(self.routed_B[mix][SHARED].weight, init)
+            self.scaling[mix][expert] = scaling
+            return
+        name_of_a = SHARED if kind == "shared_a" else expert
+        is_new = name_of_a not in self.routed_A[mix]
+        if is_new:
+            self.routed_A[mix][name_of_a] = LowRankFactor(rank, self.in_features, **factory)
         self.routed_B[mix][expert] = LowRankFactor(self.out_features, rank, **factory)
         self.scaling[mix][expert] = scaling
-        self.reset_expert(mix, expert, init)
+        self.reset_expert(mix, expert, init, with_a=is_new)
 
-    def reset_expert(self, mix: str, expert: str, init: bool | str = True) -> None:
+    def reset_expert(
+        self, mix: str, expert: str, init: bool | str = True, *, with_a: bool = True
+    ) -> None:
         """Give an expert its first values.
 
         Args:
             init: True: A as ``nn.Linear`` is initialised, B 0 (LoRA's code, and PEFT's); False: B
                 like A, so that the expert does something; ``"normal"``: A from a normal
                 distribution of standard deviation 0.02, B 0 (MoLoRA).
+            with_a: A too, which other experts may share.
         """
-        a, b = self.routed_A[mix][expert].weight, self.routed_B[mix][expert].weight
+        a, b = self.factors(mix, expert)
         if a.numel() == 0:
             return
-        if init == "normal":
+        if with_a and init == "normal":
             nn.init.normal_(a, std=0.02)
-        else:
+        elif with_a:
             nn.init.kaiming_uniform_(a, a=math.sqrt(5))
-        if init is False:
-            nn.init.kaiming_uniform_(b, a=math.sqrt(5))
-        else:
-            nn.init.zeros_(b)
+        _reset_b(b, init)
 
     def remove_mix(self, mix: str) -> None:
         """Forget a mixture and its experts."""
-        for of_mix in self.routed_A, self.routed_B, self.scaling, self.dropout, self._scopes:
+        self._scopes[mix].layers.remove(self)
+        for of_mix in (
+            self.routed_A, self.routed_B, self.scaling, self.dropout, self.kind, self._scopes,
+        ):  # fmt: skip
             del of_mix[mix]
         for of_owner in self.routed_gate, self.routed_tasks:
             if mix in of_owner:
@@ -142,30 +165,40 @@ class RoutedLoraLinear(nn.Module):
 
     def experts(self, mix: str) -> list[str]:
         """The names of a mixture's experts, in the order of the router."""
-        return list(self.routed_A[mix])
+        return list(self.scaling[mix])
+
+    def factors(self, mix: str, expert: str) -> tuple[Tensor, Tensor]:
+        """A and B of an expert, which may be shared with others, or parts of what is."""
+        if self.kind[mix] == "ranks":
+            e = self.experts(mix).index(expert)
+            stacked_a = self._scopes[mix].router.projection
+            return stacked_a[e : e + 1], self.routed_B[mix][SHARED].weight[:, e : e + 1]
+        name_of_a = SHARED if self.kind[mix] == "shared_a" else expert
+        return self.routed_A[mix][name_of_a].weight, self.routed_B[mix][expert].weight
 
     def scope(self, mix: str) -> RoutingScope:
         """Where the routing of a mixture comes from."""
         return self._scopes[mix]
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        y = self.base_layer(x, *args, **kwargs)
         mix = self.active_mix
+        if mix is not None and self._scopes[mix].repeats(x):  # the base is the same for all slots
+            y = self.base_layer(x[..., :1, :], *args, **kwargs)
+        else:
+            y = self.base_layer(x, *args, **kwargs)
         if mix is None:
             return y
         scope = self._scopes[mix]
         routing = scope.routing_for(x)
         if routing is None:  # the first of two passes
             return y
-        added = ops.lora_mix(
-            F.dropout(x, self.dropout[mix], self.training),
-            [expert.weight for expert in self.routed_A[mix].values()],
-            [expert.weight for expert in self.routed_B[mix].values()],
-            routing.weights,
-            routing.indices,
-            scaling=tuple(self.scaling[mix].values()),
-            router_grad="dense" if scope.dense_gradient else "selected",
+        factors = Factors(
+            [factor.weight for factor in self.routed_A[mix].values()],
+            [factor.weight for factor in self.routed_B[mix].values()],
+            tuple(self.scaling[mix].values()),
         )
+        x = F.dropout(x, self.dropout[mix], self.training)
+        added = MIXES[self.kind[mix]](x, factors, routing, scope.dense_gradient)
         return y + added.to(y.dtype)
 
     # What models read of a layer that is linear, without calling it.
@@ -190,6 +223,13 @@ class RoutedLoraLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"active_mix={self.active_mix!r}"
+
+
+def _reset_b(b: Tensor, init: bool | str) -> None:
+    if init is False:
+        nn.init.kaiming_uniform_(b, a=math.sqrt(5))
+    else:
+        nn.init.zeros_(b)
 
 
 def features_of(layer: nn.Module) -> tuple[int, int]:

@@ -6,25 +6,29 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from torch_routers.lora.config import RoutedLoraConfig
-from torch_routers.lora.inject import config_of, configs_of, layers_of, scopes_of
-from torch_routers.lora.linear import RoutedLoraLinear
-from torch_routers.registry import from_config
+from torch_routers.lora.inject import config_of, configs_of, experts_of, layers_of, scopes_of
+from torch_routers.lora.linear import SHARED
+from torch_routers.registry import from_config, router_parameters
 from torch_routers.routers import Router
 
 
-def set_mix(model: nn.Module, mix: str | None) -> None:
+def set_mix(model: nn.Module, mix: str | Sequence[str] | None) -> None:
     """Make one mixture of a model the active one; None: the base model alone.
+
+    Of several names, each layer takes the first that it has: mixtures of other layers are active
+    together.
 
     Raises:
         ValueError: the model has no such mixture.
     """
-    if mix is not None:
-        layers_of(model, mix, "set_mix")
+    names = [mix] if isinstance(mix, str) else list(mix or ())
+    for name in names:
+        layers_of(model, name, "set_mix")
     for layer in layers_of(model, caller="set_mix").values():
-        layer.active_mix = mix if mix in layer.routed_A else None
+        layer.active_mix = next((name for name in names if name in layer.routed_A), None)
 
 
 @contextmanager
@@ -41,6 +45,12 @@ def force(model: nn.Module, expert: str, mix: str = "default") -> AbstractContex
         ValueError: the mixture has no such expert.
     """
     number = _number_of(model, expert, mix, "force")
+    config = config_of(model, mix, "force")
+    if config.mix == "ranks" or number >= min(config.experts_per_layer or [config.num_experts]):
+        raise ValueError(
+            f"force: expected an expert with factors of its own in every layer, got {expert!r} of "
+            f"a mixture with mix={config.mix!r} and experts_per_layer={config.experts_per_layer}"
+        )
     return _set(scopes_of(model, "force", mix), "forced", number)
 
 
@@ -77,12 +87,12 @@ def set_trainable(
         ValueError: an expert that the mixture does not have.
     """
     layers = layers_of(model, mix, "set_trainable")
-    known = _experts(layers, mix)
+    known = experts_of(layers, mix)
     chosen = known if experts is True else _chosen(model, experts or (), mix, "set_trainable")
     for layer in layers.values():
-        for expert in layer.experts(mix):
-            for factor in _factors(layer, mix, expert):
-                factor.requires_grad_(expert in chosen)
+        for part in layer.routed_A, layer.routed_B:
+            for name, factor in part[mix].items():
+                factor.requires_grad_(name in chosen or (name == SHARED and bool(chosen)))
         for of_owner in layer.routed_gate, layer.routed_tasks:
             if mix in of_owner:
                 of_owner[mix].requires_grad_(router)
@@ -100,10 +110,11 @@ def expert_parameters(
     if experts is not None:
         experts = _chosen(model, experts, mix, "expert_parameters")
     return [
-        factor
+        factor.weight
         for layer in layers.values()
-        for expert in (layer.experts(mix) if experts is None else experts)
-        for factor in _factors(layer, mix, expert)
+        for part in (layer.routed_A, layer.routed_B)
+        for name, factor in part[mix].items()
+        if experts is None or name in experts
     ]
 
 
@@ -159,7 +170,8 @@ def add_expert(
         ValueError: a name that is in use, or a router that cannot grow.
     """
     layers = layers_of(model, mix, "add_expert")
-    known, config = _experts(layers, mix), config_of(model, mix, "add_expert")
+    known, config = experts_of(layers, mix), config_of(model, mix, "add_expert")
+    _check_may_change(config, "add_expert")
     if expert in known:
         raise ValueError(f"add_expert: expected a new name of an expert, got {expert!r}")
     every = [*range(len(known))]
@@ -180,15 +192,17 @@ def remove_expert(model: nn.Module, expert: str, mix: str = "default") -> None:
     """
     number = _number_of(model, expert, mix, "remove_expert")
     layers = layers_of(model, mix, "remove_expert")
-    known = _experts(layers, mix)
+    known = experts_of(layers, mix)
+    _check_may_change(config_of(model, mix, "remove_expert"), "remove_expert")
     if len(known) == 1:
         raise ValueError(f"remove_expert: expected another expert besides {expert!r}, got none")
     kept = [e for e in range(len(known)) if e != number]
     config = _with_experts(config_of(model, mix, "remove_expert"), kept, {})
     _resize_routers(model, mix, kept, added=0)
     for layer in layers.values():
-        del layer.routed_A[mix][expert], layer.routed_B[mix][expert]
-        del layer.scaling[mix][expert]
+        for part in layer.routed_A[mix], layer.routed_B[mix], layer.scaling[mix]:
+            if expert in part:  # a shared factor stays
+                del part[expert]
     model.routed_lora = {**configs_of(model), mix: config}
 
 
@@ -255,15 +269,17 @@ def _chosen(model: nn.Module, experts: Sequence[str], mix: str, caller: str) -> 
 
 
 def _number_of(model: nn.Module, expert: str, mix: str, caller: str) -> int:
-    known = _experts(layers_of(model, mix, caller), mix)
+    known = experts_of(layers_of(model, mix, caller), mix)
     if expert not in known:
         raise ValueError(f"{caller}: expected an expert among {known}, got {expert!r}")
     return known.index(expert)
 
 
-def _experts(layers: dict[str, RoutedLoraLinear], mix: str) -> list[str]:
-    return next(iter(layers.values())).experts(mix)
-
-
-def _factors(layer: RoutedLoraLinear, mix: str, expert: str) -> tuple[Tensor, Tensor]:
-    return layer.routed_A[mix][expert].weight, layer.routed_B[mix][expert].weight
+def _check_may_change(config: RoutedLoraConfig, caller: str) -> None:
+    of_tasks = "num_tasks" in router_parameters(config.router)  # experts are not in rows
+    if config.mix == "ranks" or config.experts_per_layer is not None or of_tasks:
+        raise ValueError(
+            f"{caller}: expected a mixture whose layers have the same experts, of factors of their "
+            f"own, got mix={config.mix!r}, experts_per_layer={config.experts_per_layer} and "
+            f"router={config.router!r}"
+        )

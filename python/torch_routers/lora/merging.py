@@ -1,19 +1,16 @@
 """Mixtures as part of the weights of their model, where that is possible."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from torch_routers.delivery import collect
 from torch_routers.lora.collapse import stacked_factors
 from torch_routers.lora.constant import ConstantRouter
 from torch_routers.lora.inject import config_of, configs_of, layers_of, unload
 from torch_routers.lora.linear import RoutedLoraLinear
+from torch_routers.lora.means import Batches, mean_weights
 from torch_routers.routers import Router
-from torch_routers.routing import Routing
 
 #: Of weights that are numbers by themselves, without scales.
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -54,9 +51,7 @@ def merge(model: nn.Module, mix: str = "default") -> nn.Module:
 
 
 @torch.no_grad()
-def bake_router(
-    model: nn.Module, batches: Iterable[Mapping[str, Any] | Sequence[Any]], mix: str = "default"
-) -> None:
+def bake_router(model: nn.Module, batches: Batches, mix: str = "default") -> None:
     """Put the mean weights of some data in the place of a mixture's routers.
 
     What then depends on the input no more can be merged. It is another model than before: compare
@@ -68,37 +63,17 @@ def bake_router(
         mix: the name of the mixture.
 
     Raises:
-        ValueError: no batches, or none with a token.
+        ValueError: no batches, none with a token, or ``mix="ranks"``.
     """
     layers, config = layers_of(model, mix, "bake_router"), config_of(model, mix, "bake_router")
-    scopes = {id(x): x for x in (layer.scope(mix) for layer in layers.values())}.values()
-    sums = {scope.router: torch.zeros(scope.router.num_experts).double() for scope in scopes}
-    tokens = dict.fromkeys(sums, 0)
-
-    def add(router: Router, _: Any, routing: Routing) -> None:
-        weights, indices = routing.weights.detach(), routing.indices
-        if indices is not None:
-            empty = weights.new_zeros(*weights.shape[:-1], router.num_experts + 1)
-            slots = torch.where(indices < 0, router.num_experts, indices)
-            weights = empty.scatter(-1, slots, weights)[..., :-1]
-        rows = weights.reshape(-1, router.num_experts).double().cpu()
-        sums[router] += rows.sum(0)
-        tokens[router] += int((rows != 0).any(1).sum())
-
-    handles = [router.register_forward_hook(add) for router in sums]
-    try:
-        for batch in batches:
-            with collect(model):  # losses are of no use here
-                model(**batch) if isinstance(batch, Mapping) else model(*batch)
-    finally:
-        for handle in handles:
-            handle.remove()
-    if not all(tokens.values()):
-        raise ValueError("bake_router: expected batches with tokens for every router, got none")
-    for scope in scopes:
+    if config.mix == "ranks":
+        raise ValueError('bake_router: expected routers without a factor, got mix="ranks"')
+    means = mean_weights(model, batches, mix, "bake_router")
+    for scope, mean in means.items():
         old = scope.router
-        baked = ConstantRouter(old.hidden_size, old.num_experts).train(old.training)
-        baked.constant_weights.copy_(sums[old] / tokens[old])
+        hidden_size = getattr(old, "hidden_size", scope.layers[0].in_features)
+        baked = ConstantRouter(hidden_size, old.num_experts).train(old.training)
+        baked.constant_weights.copy_(mean)
         device = next(iter(old.state_dict().values())).device
         scope.replace_router(baked.to(device), layers.values(), mix)
     arguments = {"router": "ConstantRouter", "router_arguments": {}, "mode": None, "losses": []}
@@ -110,7 +85,7 @@ def _constant_weights(layer: RoutedLoraLinear, mix: str) -> dict[str, float]:
     if scope.forced is not None:
         return {expert: float(e == scope.forced) for e, expert in enumerate(experts)}
     constant = getattr(scope.router, "constant_weights", None)
-    if constant is not None:
+    if constant is not None and len(constant) == len(experts):
         return dict(zip(experts, constant.tolist()))
     if len(experts) == 1 and _is_always_one(scope.router):
         return {experts[0]: 1.0}

@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from torch_routers.delivery import collect
-from torch_routers.lora.inject import layers_of, scopes_of
+from torch_routers.lora.inject import body_of, layers_of, scopes_of
 from torch_routers.lora.scope import RoutingScope
 
 
@@ -51,19 +51,24 @@ def two_passes(model: nn.Module) -> RemovableHandle:
     """From now on, each call of ``model`` is preceded by one without experts, for routers to see.
 
     For mixtures with ``router_input="first_pass"``, whose routers look at what their layers would
-    get from the base model alone (X-LoRA, arXiv 2402.07148, takes the last hidden state of such a
-    pass for all layers). The first pass has no gradient; it takes the time of a forward. A cache of
-    keys and values is copied for it. Remove the returned handle to stop.
+    get from the base model alone, and ``"last_hidden"``, whose routers look at the last hidden
+    state of that pass (X-LoRA, arXiv 2402.07148): what the body of a model of Transformers returns.
+    The first pass has no gradient; it takes the time of a forward. A cache of keys and values is
+    copied for it. Remove the returned handle to stop.
 
     Raises:
-        ValueError: the model has no mixture with that input.
+        ValueError: the model has no mixture with such an input.
     """
     scopes = [
-        scope for scope in scopes_of(model, "two_passes") if scope.router_input == "first_pass"
+        scope
+        for scope in scopes_of(model, "two_passes")
+        if scope.router_input in ("first_pass", "last_hidden")
     ]
     if not scopes:
-        raise ValueError('two_passes: expected a mixture with router_input="first_pass", got none')
-
+        raise ValueError(
+            'two_passes: expected a mixture with router_input="first_pass" or "last_hidden", '
+            "got none"
+        )
     return model.register_forward_pre_hook(_FirstPass(scopes).run, with_kwargs=True)
 
 
@@ -80,9 +85,19 @@ class _FirstPass:
                 first[cache] = copy.deepcopy(first[cache])
         for scope in self.scopes:
             scope.begin_first_pass()
+        of_body = [scope for scope in self.scopes if scope.router_input == "last_hidden"]
+
+        def note(body: nn.Module, args: tuple, result: Any) -> None:
+            hidden = result[0] if isinstance(result, tuple) else result.last_hidden_state
+            for scope in of_body:
+                scope.note_last_hidden(hidden)
+
+        handle = body_of(module).register_forward_hook(note) if of_body else None
         try:
             with torch.no_grad():
                 module.forward(*args, **first)
         finally:
             for scope in self.scopes:
                 scope.end_first_pass()
+            if handle is not None:
+                handle.remove()

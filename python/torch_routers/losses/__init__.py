@@ -28,6 +28,7 @@ from torch_routers.losses.information import (
     task_scores,
 )
 from torch_routers.losses.load import LoadLoss, expected_load
+from torch_routers.losses.localized import LocalizedBalanceLoss, localized_balance
 from torch_routers.losses.neighbours import (
     ActivationLocalityLoss,
     TokenBalanceLoss,
@@ -60,6 +61,7 @@ __all__ = [
     "ImportanceLoss",
     "LoadBalanceLoss",
     "LoadLoss",
+    "LocalizedBalanceLoss",
     "MutualInformationLoss",
     "ReLUSparsityLoss",
     "RouteLabelLoss",
@@ -84,6 +86,7 @@ __all__ = [
     "expert_preservation",
     "importance",
     "load_balance",
+    "localized_balance",
     "mutual_information_loss",
     "relu_sparsity",
     "route_label",

@@ -6,6 +6,9 @@ from torch_routers.routers.entmax import EntmaxRouter
 from torch_routers.routers.entropy import EntropyRouter, TopPRouter
 from torch_routers.routers.hash import HashRouter
 from torch_routers.routers.noisy_topk import NoisyTopKRouter
+from torch_routers.routers.poly import PolyRouter
+from torch_routers.routers.prototype import PrototypeRouter
+from torch_routers.routers.rank import RankRouter
 from torch_routers.routers.recurrent import (
     RecurrentCell,
     RecurrentRouter,
@@ -23,6 +26,9 @@ __all__ = [
     "EntropyRouter",
     "HashRouter",
     "NoisyTopKRouter",
+    "PolyRouter",
+    "PrototypeRouter",
+    "RankRouter",
     "ReLURouter",
     "RecurrentCell",
     "RecurrentRouter",

@@ -64,6 +64,10 @@ class Router(Configurable, nn.Module):
     #: "raise" or "allow".
     cross_batch: Literal["warn", "raise", "allow"] = "warn"
 
+    #: Whether no gradient ever comes back to its weights: what a controller measures is then added
+    #: up in the forward.
+    has_fixed_weights: ClassVar[bool] = False
+
     #: What the ``expert_bias`` is added to for the choice of experts: "scores" or "logits".
     bias_of: Literal["scores", "logits"] = "scores"
 
@@ -120,8 +124,12 @@ class Router(Configurable, nn.Module):
         if self.training and self.losses:
             routing = self._deliver(routing, {**context, "valid_mask": valid_mask})
         if self.training and self._measure is not None:
-            weights = Count.apply(routing.weights, self._measure(self, routing), self._load)
-            routing = routing._replace(weights=weights)
+            measured = self._measure(self, routing)
+            if not self.has_fixed_weights:
+                weights = Count.apply(routing.weights, measured, self._load)
+                routing = routing._replace(weights=weights)
+            elif not in_backward():
+                self._load.add_(measured)
         if (self._sinks or self._observers) and not in_backward():
             for sink in [*self._sinks, *self._observers]:
                 sink.append(routing)

@@ -1,0 +1,90 @@
+"""What experts add to a layer, for each of the ways in which they are mixed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from torch_routers import ops
+from torch_routers._autograd import autocast_dtype
+from torch_routers.routing import Routing
+
+
+class Factors(NamedTuple):
+    """What the experts of a layer are made of."""
+
+    A: Sequence[Tensor]
+    """``[r_e, in_features]`` for each expert, or one that all share; none for ``"ranks"``."""
+    B: Sequence[Tensor]
+    """``[out_features, r_e]`` for each expert, or one that all share."""
+    scaling: tuple[float, ...]
+    """Of each expert."""
+
+
+def add_products(x: Tensor, factors: Factors, routing: Routing, dense_gradient: bool) -> Tensor:
+    r""":math:`\sum_e w_e c_e B_e A_e x`."""
+    return ops.lora_mix(
+        x,
+        factors.A,
+        factors.B,
+        routing.weights,
+        routing.indices,
+        scaling=factors.scaling,
+        router_grad="dense" if dense_gradient else "selected",
+    )
+
+
+def add_of_shared_a(x: Tensor, factors: Factors, routing: Routing, _: bool) -> Tensor:
+    r""":math:`\sum_e w_e c_e B_e A x`, where :math:`A x` is computed once."""
+    (a,), x = factors.A, _as_autocast(x)
+    u = F.linear(x, a.to(x.dtype))
+    weights = routing.of_experts(len(factors.B))
+    selected = weights != 0 if routing.active is None else routing.active
+    gates = weights * weights.new_tensor(factors.scaling)
+    gated = u.to(gates.dtype).unsqueeze(-2) * gates.unsqueeze(-1)
+    gated = torch.where(selected.unsqueeze(-1), gated, 0)  # what is left out may be infinite
+    return F.linear(gated.flatten(-2).to(x.dtype), torch.cat([*factors.B], 1).to(x.dtype))
+
+
+def add_of_mixed_factors(x: Tensor, factors: Factors, routing: Routing, _: bool) -> Tensor:
+    r""":math:`c (\sum_e w_e B_e) (\sum_e w_e A_e) x`, with weights of each sequence.
+
+    With :math:`n` times as many weights as experts, features are split in :math:`n` parts, which
+    are mixed by weights of their own.
+    """
+    x = _as_autocast(x)
+    a, b = torch.stack([*factors.A]), torch.stack([*factors.B])
+    experts, rank, out_features = len(a), a.shape[1], b.shape[1]
+    weights = routing.weights.unflatten(-1, (-1, experts)).to(a.dtype)
+    splits = weights.shape[-2]
+    mixed_a = torch.einsum("...se,ersd->...rsd", weights, a.unflatten(2, (splits, -1)))
+    mixed_b = torch.einsum("...se,esor->...sor", weights, b.unflatten(1, (splits, -1)))
+    mixed_a = mixed_a.reshape(*weights.shape[:-2], rank, x.shape[-1]).to(x.dtype)
+    mixed_b = mixed_b.reshape(*weights.shape[:-2], out_features, rank).to(x.dtype)
+    return (x @ mixed_a.mT) @ mixed_b.mT * factors.scaling[0]
+
+
+def add_ranks(x: Tensor, factors: Factors, routing: Routing, _: bool) -> Tensor:
+    r""":math:`c \sum_{j \in \mathrm{top}} b_j (A x)_j`; the router has :math:`A x` already."""
+    (b,), x = factors.B, _as_autocast(x)
+    u = torch.where(routing.of_experts(b.shape[1]) != 0, routing.logits, 0) * factors.scaling[0]
+    return F.linear(u.to(x.dtype), b.to(x.dtype))
+
+
+MIXES: dict[str, Callable[[Tensor, Factors, Routing, bool], Tensor]] = {
+    "product": add_products,
+    "shared_a": add_of_shared_a,
+    "factors": add_of_mixed_factors,
+    "ranks": add_ranks,
+    "block": add_products,  # of one expert per pair of a token and a slot: see RoutingScope
+}
+
+
+def _as_autocast(x: Tensor) -> Tensor:
+    """In the dtype of the products, as `ops.lora_mix` has it."""
+    dtype = autocast_dtype(x)
+    return x if dtype is None or x.dtype == torch.float64 else x.to(dtype)
