@@ -19,12 +19,13 @@ models: .venv/test build  ## a pretrained encoder of 90 MB, for examples/minilm_
 
 test: .venv/test build  ## pytest and ctest
 	$(call need,test -e /usr/include/gtest/gtest.h || test -e /usr/local/include/gtest/gtest.h,libgtest-dev,GoogleTest for the C++ tests)
-	$(BIN)/cmake -S . -B $(BUILD) -DBUILD_TESTING=ON >/dev/null
+	$(BIN)/cmake -S . -B $(BUILD) -DBUILD_TESTING=ON -DTORCH_ROUTERS_ALL_TESTS=$(or $(ALL),OFF) >/dev/null
 	$(BIN)/cmake --build $(BUILD)
 	$(BIN)/ctest --test-dir $(BUILD) --output-on-failure --parallel 2
 	$(BIN)/python -m pytest -n auto $(ARGS)
 
-test-all: test fuzz sanitized  ## also what takes minutes: the next two, and the tests marked slow
+test-all: ALL = ON
+test-all: test fuzz sanitized  ## also what takes minutes: more C++ tests, the next two, and the tests marked slow
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
 fuzz: .venv/torch  ## each fuzz target of the kernels for FUZZ_SECONDS
