@@ -41,7 +41,7 @@ def scores_indices(logits, weights, indices, num_experts):
 
 
 def repeat_first(indices: Tensor) -> Tensor:
-    """Experts that exist in empty slots too: the first slot's, or expert 0. Models index with them."""
+    """In empty slots an expert that exists, the first slot's or expert 0: models index with it."""
     return torch.where(indices < 0, indices[:, :1].clamp(min=0), indices)
 
 

@@ -10,9 +10,8 @@ import torch
 from torch import nn
 
 from torch_routers.delivery import inputs_of
-from torch_routers.integrations.transformers.families import FAMILIES, VERSION, Family
+from torch_routers.integrations.transformers.families import FAMILIES, VERSION
 from torch_routers.integrations.transformers.gates import (
-    Block,
     Gate,
     block_class,
     gate_class,
@@ -110,16 +109,17 @@ def swap_routers(
             f"got {type(model).__name__} without"
         )
     # All are built before anything is changed.
-    built = [_router_for(block, cls, top_k, router_arguments) for block in blocks.values()]
-    counted = all(
-        _counts_as(made, FAMILIES[type(block).__name__].rule_of(block))
-        for made, block in zip(built, blocks.values())
-    )
+    swaps = [
+        _Swap(f"{name}.{FAMILIES[type(block).__name__].gate}", block, cls, top_k, router_arguments)
+        for name, block in blocks.items()
+    ]
     report, inputs = SwapReport(router), inputs_of(model)
-    for (name, block), made in zip(blocks.items(), built):
-        made._inputs = inputs
-        _put(made, name, block, init, report)
-    if not counted:
+    for swap in swaps:
+        swap.take_over(init)
+    for swap in swaps:
+        swap.router._inputs = inputs
+        swap.put(report)
+    if not all(swap.as_the_model_counts for swap in swaps):
         check = functools.partial(_refuse_recorded_logits, router)
         handle = model.register_forward_pre_hook(check, with_kwargs=True)
         report._undo.append(handle.remove)
@@ -138,88 +138,108 @@ def _class_of(router: str) -> type[Router]:
     return cls
 
 
-def _router_for(
-    block: nn.Module, cls: type[Router], top_k: int | str, arguments: dict[str, Any]
-) -> Router:
-    """A router for the gate of one block, already of the class that answers as the gate does."""
-    family = FAMILIES[type(block).__name__]
-    gate = getattr(block, family.gate)
-    if isinstance(gate, Gate):
-        raise ValueError(
-            f"swap_routers: expected a model with its own gates, got {type(gate).__name__}. "
-            "Call restore() on the report of the first swap"
+class _Swap:
+    """A router for the gate of one block, and how it gets there."""
+
+    def __init__(
+        self,
+        name: str,
+        block: nn.Module,
+        cls: type[Router],
+        top_k: int | str,
+        arguments: dict[str, Any],
+    ) -> None:
+        self.name, self.block = name, block
+        self.family = FAMILIES[type(block).__name__]
+        self.gate = getattr(block, self.family.gate)
+        if isinstance(self.gate, Gate):
+            raise ValueError(
+                f"swap_routers: expected a model with its own gates, got {type(self.gate).__name__}"
+                f" at {name}. Call restore() on the report of the first swap"
+            )
+        rule = self.family.rule_of(block)
+        self.router = self._build(cls, rule, top_k, arguments)
+        choice = ("top_k", "score", "selection_bias", "num_groups", "topk_group")
+        #: Whether the model's own loss, which chooses experts anew, counts those of the router.
+        self.as_the_model_counts = isinstance(self.router, TopKRouter) and all(
+            getattr(self.router, option) == rule[option] for option in choice if option in rule
         )
-    num_experts, hidden_size = gate.weight.shape
-    rule = {"hidden_size": hidden_size, "num_experts": num_experts, **family.rule_of(block)}
-    takes = inspect.signature(cls).parameters
-    if top_k != "keep":
-        rule["top_k"] = top_k
-        if "top_k" not in takes and (hasattr(cls, "top_k") or top_k > num_experts):
-            raise ValueError(
-                f"swap_routers: expected top_k='keep' with {cls.__name__}, or at most {num_experts} "
-                f"where it has a weight for every expert, got {top_k}"
-            )
-    given = {name: value for name, value in rule.items() if name in takes}
-    made = create_router(cls.__name__, **{**given, **arguments})
-    made.to(gate.weight.device, gate.weight.dtype).train(gate.training)
+        self.unused: list[str] = []
 
-    bias = "e_score_correction_bias"
-    renamed = bias in gate._buffers and made.expert_bias is not None
-    made.__class__ = gate_class(
-        cls,
-        None if isinstance(gate, nn.Linear) else type(gate),
-        logits_weights_indices if VERSION >= 5 else family.answer,
-        bias if renamed else None,
-    )
-    if renamed:
-        made._buffers[bias] = made._buffers.pop("expert_bias")
-    made.slots = num_experts if top_k == "keep" or "top_k" in takes else top_k
-    made.factor = 1.0 if "scale" in takes else rule.get("scale", 1.0)
-    return made
+    def _build(
+        self,
+        cls: type[Router],
+        rule: dict[str, Any],
+        top_k: int | str,
+        arguments: dict[str, Any],
+    ) -> Router:
+        gate, takes = self.gate, inspect.signature(cls).parameters
+        num_experts, hidden_size = gate.weight.shape
+        slots = num_experts
+        if top_k != "keep" and "top_k" not in takes:
+            if hasattr(cls, "top_k") or top_k > num_experts:
+                raise ValueError(
+                    f"swap_routers: expected top_k='keep', or at most {num_experts} where a router "
+                    f"has a weight for every expert, got {top_k} for {cls.__name__}"
+                )
+            slots = top_k
+        wanted = {**rule, "hidden_size": hidden_size, "num_experts": num_experts}
+        if top_k != "keep":
+            wanted["top_k"] = top_k
+        given = {option: value for option, value in wanted.items() if option in takes}
+        router = create_router(cls.__name__, **{**given, **arguments})
+        router.to(gate.weight.device, gate.weight.dtype).train(gate.training)
+        bias = "e_score_correction_bias"
+        renamed = bias in gate._buffers and router.expert_bias is not None
+        router.__class__ = gate_class(
+            cls,
+            None if isinstance(gate, nn.Linear) else type(gate),
+            logits_weights_indices if VERSION >= 5 else self.family.answer,
+            bias if renamed else None,
+        )
+        if renamed:
+            router._buffers[bias] = router._buffers.pop("expert_bias")
+        router.slots = slots
+        router.factor = 1.0 if "scale" in takes else rule.get("scale", 1.0)
+        return router
 
+    def take_over(self, init: str) -> None:
+        """Copies what both have; what only the gate has is kept, for the keys' sake."""
+        parameters, router = dict(self.gate.named_parameters()), self.router
+        ours = {**dict(router.named_parameters()), **dict(router.named_buffers())}
+        for key, value in {**parameters, **dict(self.gate.named_buffers())}.items():
+            if key in ours:
+                if init == "copy":
+                    with torch.no_grad():
+                        ours[key].copy_(value)
+                    ours[key].requires_grad_(value.requires_grad)
+                continue
+            if hasattr(router, key):  # a bias that is None
+                raise ValueError(
+                    f"swap_routers: expected a router with a {key}, as the gate has one, got "
+                    f"{type(router).__name__} without. Use gate_bias=True, or another router"
+                )
+            kept = value.detach().clone()
+            if key in parameters:
+                router.register_parameter(key, nn.Parameter(kept, requires_grad=False))
+            else:
+                router.register_buffer(key, kept)
+            self.unused.append(key)
 
-def _put(made: Router, name: str, block: nn.Module, init: str, report: SwapReport) -> None:
-    """The router into the block, with what the gate has."""
-    family = FAMILIES[type(block).__name__]
-    gate = getattr(block, family.gate)
-    name = f"{name}.{family.gate}"
-    added = [key for key in made.state_dict() if key not in gate.state_dict()]
-    report.names.append(name)
-    report.added_keys += [f"{name}.{key}" for key in added]
-    report.unused_keys += [f"{name}.{key}" for key in _take_over(made, gate, init)]
-    for hooks in _HOOKS:
-        setattr(made, hooks, getattr(gate, hooks))
-    setattr(block, family.gate, made)
-    report._undo.append(functools.partial(setattr, block, family.gate, gate))
-    report._undo.append(block.register_forward_pre_hook(made.see_block).remove)
-    if VERSION < 5 and family.chooses:
-        _change_class(block, block_class(type(block)))
-        report._undo.append(functools.partial(_change_class, block, type(block).made_of[0]))
-
-
-def _take_over(made: Router, gate: nn.Module, init: str) -> list[str]:
-    """Copies what both have; what only the gate has is kept, and its names are returned."""
-    theirs = dict(gate.named_parameters())
-    ours = {**dict(made.named_parameters()), **dict(made.named_buffers())}
-    unused = []
-    for key, value in {**theirs, **dict(gate.named_buffers())}.items():
-        kept = value.detach().clone()
-        if key in ours:
-            if init == "copy":
-                with torch.no_grad():
-                    ours[key].copy_(kept)
-                ours[key].requires_grad_(value.requires_grad)
-            continue
-        if hasattr(made, key):  # bias is None
-            raise ValueError(
-                f"swap_routers: expected gate_bias=True for a gate with a {key}, got False"
-            )
-        if key in theirs:
-            made.register_parameter(key, nn.Parameter(kept, requires_grad=False))
-        else:
-            made.register_buffer(key, kept)
-        unused.append(key)
-    return unused
+    def put(self, report: SwapReport) -> None:
+        block, router, gate, undo = self.block, self.router, self.gate, report._undo
+        before = gate.state_dict()
+        report.names.append(self.name)
+        report.added_keys += [f"{self.name}.{k}" for k in router.state_dict() if k not in before]
+        report.unused_keys += [f"{self.name}.{key}" for key in self.unused]
+        for hooks in _HOOKS:
+            setattr(router, hooks, getattr(gate, hooks))
+        setattr(block, self.family.gate, router)
+        undo.append(functools.partial(setattr, block, self.family.gate, gate))
+        undo.append(block.register_forward_pre_hook(router.see_block).remove)
+        if VERSION < 5 and self.family.chooses:
+            undo.append(functools.partial(_change_class, block, type(block)))
+            _change_class(block, block_class(type(block)))
 
 
 def _change_class(block: nn.Module, cls: type[nn.Module]) -> None:
@@ -231,14 +251,6 @@ def _change_class(block: nn.Module, cls: type[nn.Module]) -> None:
 
 
 # ---- the model's own loss ------------------------------------------------------------------------
-
-
-def _counts_as(made: Router, rule: dict[str, Any]) -> bool:
-    """Whether the model's own loss, which chooses experts anew, counts those of the router."""
-    choice = ("top_k", "score", "selection_bias", "num_groups", "topk_group")
-    return isinstance(made, TopKRouter) and all(
-        getattr(made, name) == rule[name] for name in choice if name in rule
-    )
 
 
 def _refuse_recorded_logits(router: str, model: nn.Module, args: tuple, kwargs: dict) -> None:
