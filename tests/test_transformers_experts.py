@@ -12,6 +12,7 @@ pytest.importorskip("transformers", minversion="5")  # of those before, another 
 from tiny_transformers import MODELS, batch, blocks_of, gate_of, tiny
 from torch_routers.integrations.transformers import register_experts, swap_routers
 
+pytestmark = pytest.mark.transformers
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 
 

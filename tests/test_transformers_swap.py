@@ -12,6 +12,7 @@ import torch_routers as tr
 from tiny_transformers import MODELS, VERSION, VOCAB, batch, blocks_of, gate_of, tiny
 from torch_routers.integrations.transformers import register_experts, swap_routers
 
+pytestmark = pytest.mark.transformers
 CLOSE = {"atol": 2e-6, "rtol": 2e-5}
 
 #: Routers that are not a `TopKRouter`, and what they need to be told.
@@ -295,8 +296,8 @@ def test_losses_are_delivered_or_missed(name):
     (loss + routings.aux_loss()).backward()
     expected = gradients(model)
     model.zero_grad(set_to_none=True)
-    enable = "activation" if VERSION >= 5 else "gradient"
-    getattr(model, f"{enable}_checkpointing_enable")()
+    new = hasattr(model, "activation_checkpointing_enable")
+    getattr(model, f"{'activation' if new else 'gradient'}_checkpointing_enable")()
     tr.attach(model)(loss_of(model, ids)).backward()
     assert_close(gradients(model), expected, **CLOSE)
 
@@ -431,6 +432,13 @@ def test_models_without_experts_and_swapped_ones_are_refused():
         swap_routers(model)
     with pytest.raises(ValueError, match=r"expected a router with a bias, .* Use gate_bias=True"):
         swap_routers(tiny("gpt_oss"), gate_bias=False)
+
+
+def test_a_layer_that_chooses_besides_its_gate_is_refused():
+    model = tiny("deepseek")
+    blocks_of(model)[0].route_tokens_to_experts = None  # as in Transformers 5.0
+    with pytest.raises(RuntimeError, match="expected DeepseekV3MoE to leave the choice of exp"):
+        swap_routers(model)
 
 
 def test_experts_of_transformers_4_have_one_way_to_run(monkeypatch):

@@ -49,7 +49,8 @@ def grouped_experts(
 
     Args:
         experts: has ``gate_up_proj``, or ``up_proj`` without a gate, and ``down_proj``, each
-            ``[num_experts, out, in]``, or ``[num_experts, in, out]`` where ``is_transposed``.
+            ``[num_experts, out, in]``, or ``[num_experts, in, out]`` where ``is_transposed``. What
+            the first releases of Transformers 5 do not tell is as it is there.
         hidden_states: ``[tokens, hidden_size]``.
         top_k_index: ``[tokens, slots]`` int64; ``num_experts`` and more is no expert of this rank.
         top_k_weights: ``[tokens, slots]``.
@@ -65,12 +66,16 @@ def grouped_experts(
         return ops.grouped_linear(rows.to(weight.dtype), weight, offsets, bias)
 
     def apply(rows: Tensor, offsets: Tensor) -> Tensor:
-        if experts.has_gate:
+        if getattr(experts, "has_gate", True):
             hidden = experts._apply_gate(linear("gate_up_proj", rows, offsets))
         else:
             hidden = experts.act_fn(linear("up_proj", rows, offsets))
         rows = linear("down_proj", hidden, offsets)
-        return experts.post_expert_norm(rows) if experts.has_post_expert_norm else rows
+        return (
+            experts.post_expert_norm(rows)
+            if getattr(experts, "has_post_expert_norm", False)
+            else rows
+        )
 
     return mix(apply, hidden_states, top_k_index, top_k_weights, experts.num_experts)
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 
 from torch_routers.delivery import inputs_of
@@ -87,7 +88,8 @@ def swap_routers(
         ValueError: no layer to swap, or one that is swapped; a router that merges experts or hands
             a state to the next; an argument that does not fit. Later, a call with
             ``output_router_logits`` where the model's own loss would measure another routing.
-        RuntimeError: later, in training, the router has losses and nothing delivers them.
+        RuntimeError: DeepSeek-V3 in the first releases of Transformers 5. Later, in training: the
+            router has losses and nothing delivers them.
     """
     cls = _class_of(router)
     check_choice("swap_routers", "init", init, ("copy", "reset"))
@@ -156,6 +158,12 @@ class _Swap:
             raise ValueError(
                 f"swap_routers: expected a model with its own gates, got {type(self.gate).__name__}"
                 f" at {name}. Call restore() on the report of the first swap"
+            )
+        if hasattr(block, "route_tokens_to_experts"):
+            raise RuntimeError(
+                f"swap_routers: expected {type(block).__name__} to leave the choice of experts to "
+                f"its gate, got one of transformers {transformers.__version__} that does not. Run: "
+                "pip install -U transformers"
             )
         rule = self.family.rule_of(block)
         self.router = self._build(cls, rule, top_k, arguments)
