@@ -26,7 +26,7 @@ test: .venv/test build  ## pytest and ctest
 	$(MAKE) test-transformers4
 
 test-transformers4: .venv/transformers4 build  ## the tests marked transformers, with Transformers 4.57
-	PYTHONPATH=$(CURDIR)/$< $(BIN)/python -m pytest -n auto -m "transformers and not slow" \
+	OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/$< $(BIN)/python -m pytest -n auto -m "transformers and not slow" \
 	  $$(grep -l "mark\.transformers" tests/test_*.py)
 
 test-all: test fuzz sanitized  ## also what takes minutes: the next two, and the tests marked slow
