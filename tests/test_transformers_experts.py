@@ -121,3 +121,15 @@ def test_half_precision_is_summed_in_single():
     model.bfloat16()
     error = (block.experts(x.bfloat16(), indices, weights).float() - expected).abs().max()
     assert 0 < error < 0.02 * expected.abs().max()
+
+
+@pytest.mark.parametrize("router", ["TopKRouter", "ReLURouter"])
+def test_a_swapped_layer_compiles_whole(router):
+    model = tiny("mixtral")
+    swap_routers(model, router)
+    model.set_experts_implementation(register_experts())
+    block = blocks_of(model)[0]
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    for samples in 2, 3:
+        x = torch.randn(samples, 7, 16, generator=torch.Generator().manual_seed(samples))
+        assert_close(compiled(x), block(x), atol=0, rtol=0)
