@@ -8,7 +8,7 @@ BIN := .venv/bin
 # CMake and Ninja of the same place, for setup.py too.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo models test test-all fuzz sanitized bench docs lint build clean
+.PHONY: demo models test test-transformers4 test-all fuzz sanitized bench docs lint build clean
 
 demo: .venv/ablation build  ## train the routers of the ablation; table and pictures in ablation-results/
 	$(BIN)/python -m torch_routers.ablation $(ARGS)
@@ -23,6 +23,11 @@ test: .venv/test build  ## pytest and ctest
 	$(BIN)/cmake --build $(BUILD)
 	$(BIN)/ctest --test-dir $(BUILD) --output-on-failure --parallel 2
 	$(BIN)/python -m pytest -n auto $(ARGS)
+	$(MAKE) test-transformers4
+
+test-transformers4: .venv/transformers4 build  ## the tests marked transformers, with Transformers 4.57
+	OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/$< $(BIN)/python -m pytest -n auto -m "transformers and not slow" \
+	  $$(grep -l "mark\.transformers" tests/test_*.py)
 
 test-all: ALL = ON
 test-all: test fuzz sanitized  ## also what takes minutes: more C++ tests, the next two, and the tests marked slow
@@ -79,6 +84,15 @@ clean:
 .venv/test: EXTRAS = test,test-hf
 .venv/ablation .venv/test .venv/docs .venv/lint: .venv/torch
 	$(BIN)/pip install -q --no-build-isolation -e ".[$(or $(EXTRAS),$(@F))]"
+	touch $@
+
+# Transformers 4.57 before the one of .venv, with what it needs in other versions, and no other torch.
+# datasets only where something brought it: the trainer imports what it finds.
+.venv/transformers4: .venv/test Makefile
+	rm -rf $@
+	$(BIN)/pip install -q --no-deps --target $@ transformers==4.57.6 "huggingface-hub<1" \
+	  "tokenizers>=0.22,<=0.23.0" requests certifi charset-normalizer idna urllib3 \
+	  $$($(BIN)/python -c "import importlib.util as u; print('datasets<5' if u.find_spec('datasets') else '')")
 	touch $@
 
 comma := ,

@@ -424,6 +424,7 @@ def bert(transformers):
     return transformers.BertForSequenceClassification(config), "SEQ_CLS"
 
 
+@pytest.mark.transformers
 @pytest.mark.parametrize("make", [gpt2, llama, bert], ids=lambda make: make.__name__)
 def test_all_linear_layers_of_a_transformer_are_those_of_peft(make):
     peft = pytest.importorskip("peft")

@@ -122,6 +122,7 @@ def test_ranks_train_as_one_process(ranks, wrap, scope):
     ranks(train_on_ranks, 2, wrap=wrap, scope=scope)
 
 
+@pytest.mark.transformers
 def test_the_stock_trainer_of_transformers(tmp_path):
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("accelerate")
@@ -158,6 +159,7 @@ def test_the_stock_trainer_of_transformers(tmp_path):
         learning_rate=1e-2,
         weight_decay=0.1,
         gradient_checkpointing=True,
+        gradient_checkpointing_kwargs={"use_reentrant": False},  # Transformers 4 takes the other
         save_strategy="no",
         report_to=[],
         use_cpu=True,

@@ -24,10 +24,15 @@ def check_choice(caller: str, name: str, value: Any, choices: Sequence[Any]) -> 
 
 
 class Configurable:
-    """An object that can be told, and built again, as plain data."""
+    """An object that can be told, and built again, as plain data.
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
+    ``class Name(Base, register=False)`` is no class of its own: its objects tell that of ``Base``.
+    """
+
+    def __init_subclass__(cls, *, register: bool = True, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        if not register:
+            return
         known = _CLASSES.setdefault(cls.__name__, cls)
         if (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
             raise ValueError(
@@ -67,7 +72,7 @@ def from_config(config: dict[str, Any]) -> Any:
         raise ValueError(
             f"from_config: expected config with the name of a class under 'class', got {config!r}"
         )
-    cls = _lookup("from_config", config["class"])
+    cls = lookup("from_config", config["class"])
     arguments = {name: _build(value) for name, value in config.items() if name != "class"}
     try:
         inspect.signature(cls).bind(**arguments)
@@ -160,7 +165,8 @@ def _build(value: Any) -> Any:
     )
 
 
-def _lookup(caller: str, name: str) -> type:
+def lookup(caller: str, name: str) -> type[Configurable]:
+    """The class of that name."""
     if name not in _CLASSES:
         raise ValueError(f"{caller}: expected one of {sorted(_CLASSES)}, got {name!r}")
     return _CLASSES[name]

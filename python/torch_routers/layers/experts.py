@@ -211,10 +211,15 @@ class ExpertList(nn.Module):
         self.num_experts = len(self.experts)
 
     def forward(self, rows: Tensor, offsets: Tensor) -> Tensor:
-        sizes = offsets.diff().tolist()
-        *parts, tail = rows.split([*sizes, rows.shape[0] - sum(sizes)])
-        results = [expert(part) for expert, part in zip(self.experts, parts)]
-        return torch.cat([*results, torch.zeros_like(tail, dtype=results[0].dtype)])
+        return apply_each(self.experts, rows, offsets)
+
+
+def apply_each(experts: Iterable[nn.Module], rows: Tensor, offsets: Tensor) -> Tensor:
+    """What `ExpertList` computes, with experts that belong to another module."""
+    sizes = offsets.diff().tolist()
+    *parts, tail = rows.split([*sizes, rows.shape[0] - sum(sizes)])
+    results = [expert(part) for expert, part in zip(experts, parts)]
+    return torch.cat([*results, torch.zeros_like(tail, dtype=results[0].dtype)])
 
 
 class SwiGLU(nn.Module):
