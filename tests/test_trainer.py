@@ -320,10 +320,12 @@ def test_attached_losses_can_be_taken_away_again(tmp_path):
     model = mixture(losses=[tr.losses.ZLoss(0.3)])
     attached = integration.attach_to_loss(model)
     attached.remove()
-    integration.attach_to_trainer(trainer_of(model, tmp_path)).remove()
+    trainer = trainer_of(model, tmp_path, cls=Collecting)
+    to_trainer = integration.attach_to_trainer(trainer)
+    to_trainer.remove()
     expected = train(tmp_path, "collected", losses=[tr.losses.ZLoss(0.3)])
-    train(tmp_path, "collected", model=model)
-    assert attached.scale.isnan()  # it was not asked any more
+    trainer.train()
+    assert attached.scale.isnan() and to_trainer.scale.isnan()  # they were not asked any more
     for name, value in trained(expected).items():
         assert torch.equal(trained(model)[name], value), name
 
