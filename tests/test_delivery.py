@@ -130,6 +130,18 @@ def test_attached_losses_with_a_gradient_scaler():
     assert_close(gradients(m), reference(BATCHES[:1]))
 
 
+@pytest.mark.parametrize("share", [0.25, torch.tensor(0.25)])
+def test_a_share_multiplies_the_attached_losses_alone(share):
+    """A quarter of the step's items, by which the task loss is divided already; scaled in place."""
+    attached = tr.attach(m := model())
+    loss = m(BATCHES[0]).square().mean() / 4
+    found = attached(loss, share=share)
+    assert torch.equal(loss, found)
+    found *= 3
+    found.backward()
+    assert_close(gradients(m), reference(BATCHES[:1], (0.75,)))
+
+
 def test_opcheck():
     op = torch.ops.torch_routers._read_after.default
     torch.library.opcheck(op, (torch.tensor(2.0), torch.ones(3)))

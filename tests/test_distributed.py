@@ -539,3 +539,40 @@ def information_on_ranks(reduction, tokens):
 @pytest.mark.parametrize("reduction", [None, "mean", "sum"])
 def test_information_of_ranks_is_that_of_one_process(ranks, reduction, tokens):
     ranks(information_on_ranks, len(tokens), reduction=reduction, tokens=tokens)
+
+
+# ---- metrics -------------------------------------------------------------------------------------
+
+
+class Layers(nn.Module):
+    """Two routers that differ in their number of experts, the second without logits."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.learned, self.hashed = tr.TopKRouter(H, 4, 2), tr.HashRouter(32, 6)
+        self.idle = tr.TopKRouter(H, 3, 1)
+
+    def forward(self, x):
+        self.hashed(x, token_ids=(x[:, 0] * 100).long() % 32)
+        self.learned(x)
+
+
+def meter_all_ranks():
+    model = Layers()
+    meter, whole = tr.metrics.RoutingMeter(model), tr.metrics.RoutingMeter(model)
+    for rank in range(2):  # the third sees nothing
+        with whole.observe():
+            model(batch(rank, 5 + rank).float())
+        if rank == dist.get_rank():
+            with meter.observe():
+                model(batch(rank, 5 + rank).float())
+    meter.all_reduce()
+    assert list(meter.totals) == ["learned", "hashed"]
+    assert_close(meter.compute(), whole.compute())
+    assert meter.totals["hashed"].lse is None
+    assert torch.equal(meter.totals["learned"].counts, whole.totals["learned"].counts)
+
+
+def test_a_meter_of_all_ranks_is_that_of_all_their_tokens(ranks):
+    ranks(meter_all_ranks, 3)

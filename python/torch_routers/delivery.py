@@ -173,9 +173,15 @@ class Attached:
         for router in self._routers:
             router._aux_scale = self.scale
 
-    def __call__(self, task_loss: Tensor) -> Tensor:
-        """The task loss, through which backward will learn the scale."""
-        return _LearnScale.apply(task_loss, self.scale)
+    def __call__(self, task_loss: Tensor, *, share: Tensor | float = 1.0) -> Tensor:
+        """The task loss, through which backward will learn the scale.
+
+        Args:
+            task_loss: the loss of a micro-batch.
+            share: multiplies the scale. For a task loss that is divided by the items of a whole
+                step already: the part of them that this micro-batch has.
+        """
+        return _LearnScale.apply(task_loss, self.scale, share)
 
     def remove(self) -> None:
         """Give the losses back to ``routing.aux_loss``."""
@@ -194,17 +200,18 @@ def attach(model: nn.Module) -> Attached:
 
 class _LearnScale(torch.autograd.Function):
     @staticmethod
-    def forward(loss, scale):
-        return loss.view_as(loss)
+    def forward(loss, scale, share):
+        return loss.clone()  # no view: trainers scale it in place
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.scale = inputs[1]  # not save_for_backward: it is written below, once per micro-batch
+        # Not save_for_backward: the scale is written below, once per micro-batch.
+        _, ctx.scale, ctx.share = inputs
 
     @staticmethod
     def backward(ctx, grad):
-        ctx.scale.copy_(grad)
-        return grad, None
+        ctx.scale.copy_(grad * ctx.share)
+        return grad, None, None
 
 
 @torch.library.custom_op("torch_routers::_read_after", mutates_args=())

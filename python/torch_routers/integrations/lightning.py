@@ -1,11 +1,8 @@
 """A callback of Lightning that logs what the routers do, and balances them."""
 
-from contextlib import ExitStack
 from typing import Any
 
-from torch_routers.delivery import Routings, observe
-from torch_routers.integrations.torchmetrics import RoutingMetric
-from torch_routers.metrics import read
+from torch_routers.integrations.window import Window
 
 try:
     from lightning.pytorch import Callback
@@ -36,37 +33,31 @@ class RoutingCallback(Callback):
         if every_n_steps < 1:
             raise ValueError(f"RoutingCallback: expected every_n_steps >= 1, got {every_n_steps}")
         self.every_n_steps, self.controller = every_n_steps, controller
-        self._block = ExitStack()
-        self._routings: Routings | None = None
+        self._window: Window | None = None
 
     def on_train_start(self, trainer, pl_module) -> None:
-        self._metric = RoutingMetric(pl_module).to(pl_module.device)
+        self._window = Window(pl_module)
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
-        self._stop_looking()  # a batch that was skipped has no end
+        self._window.stop()  # a batch that was skipped has no end
         self._step = trainer.global_step
         if self._step % self.every_n_steps == 0:
-            self._routings = self._block.enter_context(observe(pl_module))
+            self._window.begin()
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
-        if self._routings is None:
+        if not self._window.looks:
             return
-        self._metric.update(self._routings)
-        self._stop_looking()
+        self._window.end()
         if trainer.global_step == self._step:
             return  # more micro-batches belong to this step
-        values = read(self._metric.compute())
-        self._metric.reset()
+        values = self._window.read()
         for logger in trainer.loggers:
             logger.log_metrics(values, step=self._step)
 
     def on_exception(self, trainer, pl_module, exception) -> None:
-        self._stop_looking()
+        if self._window is not None:
+            self._window.stop()
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer) -> None:
         if self.controller is not None and optimizer is trainer.optimizers[0]:
             self.controller.step()
-
-    def _stop_looking(self) -> None:
-        self._block.close()
-        self._routings = None

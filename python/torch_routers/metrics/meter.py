@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from typing import TypeAlias
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from torch_routers.delivery import Routings, observe, routers_of
@@ -117,7 +118,8 @@ class RoutingMeter:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        routers_of(model, "RoutingMeter")
+        routers = routers_of(model, "RoutingMeter")
+        self._num_experts = {name: router.num_experts for name, router in routers.items()}
         self._model = model
         self.totals: dict[str, Totals] = {}
         """The sums of the window, by router."""
@@ -137,6 +139,25 @@ class RoutingMeter:
         for name, sums in by_layer(routings, names).items():
             _add(self.totals, name, sums)
 
+    def all_reduce(self, group: "dist.ProcessGroup | None" = None) -> None:
+        """Add the windows of all ranks up, on each; every rank calls it, also one that saw nothing.
+
+        Waits for the device. Without initialised ``torch.distributed`` there is nothing to add.
+
+        Args:
+            group: the ranks. Default: all processes.
+        """
+        if not (dist.is_available() and dist.is_initialized()):
+            return
+        device = next((p.device for p in self._model.parameters()), None)
+        device = next((sums.counts.device for sums in self.totals.values()), device)
+        rows = [_flat(self.totals.get(name), count) for name, count in self._num_experts.items()]
+        both = torch.cat([row.to(device) for row in rows])
+        dist.all_reduce(both, group=group)
+        parts = both.split([len(row) for row in rows])
+        found = (_unflat(row, count) for row, count in zip(parts, self._num_experts.values()))
+        self.totals = {name: sums for name, sums in zip(self._num_experts, found) if sums}
+
     def compute(self) -> dict[str, Tensor]:
         """The `summary` of the window."""
         return summary(self.totals)
@@ -144,3 +165,28 @@ class RoutingMeter:
     def reset(self) -> None:
         """Begin the next window."""
         self.totals = {}
+
+
+def _flat(sums: Totals | None, num_experts: int) -> Tensor:
+    """Totals as numbers that add up: whether there are any, and with logits, come first."""
+    if sums is None:
+        return torch.zeros(2 * num_experts + 8, dtype=torch.float64)
+    found = torch.stack([sums.ess.new_tensor(x) for x in (1.0, float(sums.lse is not None))])
+    fields = [torch.zeros_like(sums.ess) if field is None else field for field in sums]
+    return torch.cat([found, *(field.double().flatten() for field in fields)])
+
+
+def _unflat(row: Tensor, num_experts: int) -> Totals | None:
+    """What `_flat` was given, of all ranks; counts below 2^53 are exact."""
+    ranks, with_logits = row[:2].tolist()
+    if not ranks:
+        return None
+    sizes = [2, num_experts, num_experts, *[1] * 6]
+    counts, top1, *scalars = row.split(sizes)[1:]
+    tokens, routed, kept, ess, entropy, lse = (value[0] for value in scalars)
+    return Totals(
+        *(value.long() for value in (counts, top1, tokens, routed, kept)),
+        ess,
+        entropy if with_logits == ranks else None,
+        lse if with_logits == ranks else None,
+    )

@@ -1,4 +1,4 @@
-"""Mixture-of-experts models of Transformers with the routers and kernels of this library."""
+"""Models of Transformers and its Trainer, with the routers and kernels of this library."""
 
 try:
     import transformers as _transformers  # noqa: F401
@@ -10,5 +10,19 @@ except ImportError as error:
 
 from torch_routers.integrations.transformers.experts import register_experts
 from torch_routers.integrations.transformers.swap import SwapReport, swap_routers
+from torch_routers.integrations.transformers.trainer import (
+    RoutingCallback,
+    attach_to_loss,
+    attach_to_trainer,
+    share_of_step,
+)
 
-__all__ = ["SwapReport", "register_experts", "swap_routers"]
+__all__ = [
+    "RoutingCallback",
+    "SwapReport",
+    "attach_to_loss",
+    "attach_to_trainer",
+    "register_experts",
+    "share_of_step",
+    "swap_routers",
+]
