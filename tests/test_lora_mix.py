@@ -270,3 +270,32 @@ def test_compiles_whole_with_and_without_gradients(way):
     assert_close(y, expected)
     actual, of_eager = (torch.autograd.grad(z.sin().sum(), inputs) for z in (y, expected))
     assert_close(actual, of_eager)
+
+
+# ---- one token of a generation -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("ranks", [RANKS, [2] * 5])
+@pytest.mark.parametrize("experts", [[0, 3], [3, -1], [-1, 2], [-1, -1], [1, 1]])
+@pytest.mark.parametrize("scaling", [None, (1.0, 2.0, 3.0, 4.0, 5.0)])
+def test_a_single_token_without_gradients_is_as_any_other(dtype, ranks, experts, scaling):
+    x, a, b, weights, _ = problem(dtype, ranks, tokens=1)
+    weights, indices = weights.float(), torch.tensor([experts])
+    expected = lora_mix(x, a, b, weights, indices, scaling=scaling)
+    with torch.no_grad():
+        y = lora_mix(x, a, b, weights, indices, scaling=scaling)
+        of_sample = lora_mix(x[None], a, b, weights[None], indices[None], scaling=scaling)
+    assert y.dtype == dtype and torch.equal(y, of_sample[0])
+    tolerance = {"atol": 0.05, "rtol": 0.05} if dtype == torch.bfloat16 else {}
+    assert_close(y, expected.detach(), **tolerance)
+
+
+@torch.no_grad()
+def test_a_single_token_does_not_see_what_it_did_not_select():
+    x, a, b, weights, _ = problem(tokens=1)
+    b[2].fill_(torch.nan)
+    assert lora_mix(x, a, b, weights, torch.tensor([[0, 3]])).isfinite().all()
+    for wrong in 5, -2:
+        with pytest.raises(ValueError, match=rf"lora_mix: expected indices in .*, got {wrong}"):
+            lora_mix(x, a, b, weights, torch.tensor([[0, wrong]]))

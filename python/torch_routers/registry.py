@@ -116,7 +116,7 @@ def router_parameters(name: str) -> set[str]:
     """What `create_router` takes besides the name."""
     from torch_routers.presets import PRESETS
 
-    cls = _lookup("create_router", "TopKRouter" if name in PRESETS else name)
+    cls = lookup("create_router", "TopKRouter" if name in PRESETS else name)
     return set(inspect.signature(cls).parameters)
 
 

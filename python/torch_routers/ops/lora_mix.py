@@ -10,6 +10,7 @@ meets its own experts only, without a copy of it per expert; see `_lora_mix_rule
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from torch_routers._autograd import autocast_dtype, shapes_may_depend_on
@@ -49,7 +50,8 @@ def lora_mix(
         scaling: :math:`c_e` for each expert: ``alpha / rank`` of LoRA. Default: ones.
         strategy: ``"stacked"`` multiplies all tokens by all experts, and keeps what was selected.
             ``"segmented"`` computes what was selected alone. None (default) is the one that was
-            measured to be faster for such sizes.
+            measured to be faster for such sizes; a single token without gradients, as in
+            generation, is multiplied by the factors of its own experts, on the CPU.
         router_grad: of which weights there is a gradient. ``"selected"``: of those that were
             selected; others get 0. ``"dense"``: of all, as if those that are 0 had been selected
             too, for routers that learn from the experts they did not choose. It needs weights of
@@ -89,9 +91,12 @@ def lora_mix(
     if x.dim() != 2:
         x, weights = (v.reshape(leading.numel(), v.shape[-1]) for v in (x, weights))
         indices = None if indices is None else indices.reshape(weights.shape)
-    if strategy is None:
-        strategy = "stacked" if router_grad == "dense" else _faster(x, weights, indices, factors_a)
     gates = weights.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+    if strategy is None:
+        if indices is not None and _is_decoded(x, gates, (*factors_a, *factors_b)):
+            y = _of_one_token(x, factors_a, factors_b, gates, indices, scaling)
+            return y if len(leading) == 1 else y.view(*leading, y.shape[-1])
+        strategy = "stacked" if router_grad == "dense" else _faster(x, weights, indices, factors_a)
     mix = _segmented if strategy == "segmented" else _stacked
     y = mix(x, factors_a, factors_b, gates, indices, scaling, router_grad == "dense")
     return y if len(leading) == 1 else y.view(*leading, y.shape[-1])
@@ -107,6 +112,35 @@ def _faster(x, weights, indices, factors_a):
     tokens, num_experts = x.shape[0], len(factors_a)
     rows = int(weights.count_nonzero()) if indices is None else weights.numel()
     return "segmented" if 2 * rows <= tokens * num_experts else "stacked"
+
+
+def _is_decoded(x, gates, factors):
+    """Whether it is a single token whose experts may be looked at, and nothing is to be learned."""
+    return (
+        x.shape[0] == 1
+        and not torch.is_grad_enabled()
+        and x.device.type == "cpu"
+        and is_plain(x, gates, factors)
+        and shapes_may_depend_on(x)
+    )
+
+
+def _of_one_token(x, factors_a, factors_b, gates, indices, scaling):
+    """Its experts alone, in few operations: what a step of generation takes is their number."""
+    num_experts, experts = len(factors_a), indices[0].tolist()
+    _check_range(min(experts, default=0), max(experts, default=0), num_experts)
+    slots = [slot for slot, expert in enumerate(experts) if expert >= 0]
+    experts = [experts[slot] for slot in slots]
+    if not experts:
+        return x.new_zeros(1, factors_b[0].shape[0])
+    a = torch.cat([factors_a[expert] for expert in experts]).to(x.dtype)
+    b = torch.cat([factors_b[expert] for expert in experts], 1).to(x.dtype)
+    gate = gates[0] if len(slots) == indices.shape[1] else gates[0, slots]
+    if scaling is not None:
+        gate = gate * gate.new_tensor([scaling[expert] for expert in experts])
+    ranks = torch.tensor([factors_a[expert].shape[0] for expert in experts])
+    gate = gate.repeat_interleave(ranks, output_size=a.shape[0])
+    return F.linear((F.linear(x, a) * gate).to(x.dtype), b)
 
 
 def _segmented(x, factors_a, factors_b, gates, indices, scaling, _):
@@ -157,11 +191,7 @@ def _stacked(x, factors_a, factors_b, gates, indices, scaling, all_learn):
 def _of_all_experts(gates, indices, num_experts):
     """``[tokens, num_experts]``: the weight of each expert, and whether it is selected."""
     if shapes_may_depend_on(indices) and indices.numel():
-        low, high = (int(x) for x in indices.aminmax())
-        _check(
-            low >= -1 and high < num_experts,
-            lambda: f"indices in [-1, num_experts={num_experts}), got {low if low < -1 else high}",
-        )
+        _check_range(*(int(x) for x in indices.aminmax()), num_experts)
     places = indices.where((indices >= 0) & (indices < num_experts), num_experts)
     empty = gates.new_zeros(gates.shape[0], num_experts + 1)
     dense = empty.scatter_add(1, places, gates)
@@ -175,6 +205,13 @@ def _of_all_experts(gates, indices, num_experts):
 def _check(condition, message):
     if not condition:
         raise ValueError(f"lora_mix: expected {message()}")
+
+
+def _check_range(low, high, num_experts):
+    _check(
+        low >= -1 and high < num_experts,
+        lambda: f"indices in [-1, num_experts={num_experts}), got {low if low < -1 else high}",
+    )
 
 
 def _check_dtype(name, tensor, *dtypes):
