@@ -390,6 +390,31 @@ def test_a_layer_that_no_number_is_for_is_refused():
         tr.lora.lora_preset("mola")
 
 
+@pytest.mark.parametrize("scope", ["module", "block"])
+def test_a_router_may_look_at_token_ids_alone(scope):
+    model = tiny_lm(torch.float64)
+    config = tr.lora.RoutedLoraConfig(
+        num_experts=4,
+        target_modules=["up_proj"],
+        router="HashRouter",
+        router_arguments={"vocab_size": 20},
+        router_scope=scope,
+        init_lora_weights=False,
+    )
+    tr.lora.inject(model, config)
+    model.double()
+    layer, seen = model.layers[0].mlp.up_proj, []
+    layer.register_forward_hook(lambda _, args, y: seen.append((args[0], y)))
+    ids, _ = batch()
+    with pytest.raises(ValueError, match="HashRouter: expected token_ids, got none"):
+        model(ids)
+    tr.follow_inputs(model)
+    model(ids)
+    ((x, y),) = seen
+    weights = F.one_hot(layer.scope("default").router.table[ids, 0], 4).double()
+    assert_close(y.flatten(0, 1), by_loop(layer, x.flatten(0, 1), weights.flatten(0, 1)))
+
+
 def test_mixtures_of_different_layers_are_active_together():
     model = with_preset("mixlora", train=False)
     options = {"num_experts": 1, "router": "SoftRouter", "init_lora_weights": False}
