@@ -58,14 +58,15 @@ def add_of_mixed_factors(x: Tensor, factors: Factors, routing: Routing, _: bool)
     """
     x = _as_autocast(x)
     a, b = torch.stack([*factors.A]), torch.stack([*factors.B])
-    experts, rank, out_features = len(a), a.shape[1], b.shape[1]
-    weights = routing.weights.unflatten(-1, (-1, experts)).to(a.dtype)
-    splits = weights.shape[-2]
-    mixed_a = torch.einsum("...se,ersd->...rsd", weights, a.unflatten(2, (splits, -1)))
-    mixed_b = torch.einsum("...se,esor->...sor", weights, b.unflatten(1, (splits, -1)))
-    mixed_a = mixed_a.reshape(*weights.shape[:-2], rank, x.shape[-1]).to(x.dtype)
-    mixed_b = mixed_b.reshape(*weights.shape[:-2], out_features, rank).to(x.dtype)
-    return (x @ mixed_a.mT) @ mixed_b.mT * factors.scaling[0]
+    experts, rank, leading = len(a), a.shape[1], routing.weights.shape[:-1]
+    weights = routing.weights.reshape(leading.numel(), -1, experts).transpose(0, 1).to(a.dtype)
+    splits = len(weights)
+    # [splits, experts, numbers]: views, where there is one split.
+    a = a.unflatten(2, (splits, -1)).permute(2, 0, 1, 3).reshape(splits, experts, -1)
+    b = b.unflatten(1, (splits, -1)).permute(1, 0, 2, 3).reshape(splits, experts, -1)
+    a = (weights @ a).unflatten(-1, (rank, -1)).permute(1, 2, 0, 3).reshape(*leading, rank, -1)
+    b = (weights @ b).unflatten(-1, (-1, rank)).permute(1, 0, 2, 3).reshape(*leading, -1, rank)
+    return (x @ a.mT.to(x.dtype)) @ b.mT.to(x.dtype) * factors.scaling[0]
 
 
 def add_ranks(x: Tensor, factors: Factors, routing: Routing, _: bool) -> Tensor:

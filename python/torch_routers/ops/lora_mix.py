@@ -118,8 +118,8 @@ def _is_decoded(x, gates, factors):
     """Whether it is a single token whose experts may be looked at, and nothing is to be learned."""
     return (
         x.shape[0] == 1
-        and not torch.is_grad_enabled()
         and x.device.type == "cpu"
+        and not (torch.is_grad_enabled() and any(v.requires_grad for v in (x, gates, *factors)))
         and is_plain(x, gates, factors)
         and shapes_may_depend_on(x)
     )
