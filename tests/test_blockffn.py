@@ -163,7 +163,8 @@ def test_documents_compile():
     compiled = torch.compile(each, fullgraph=True, backend="aot_eager")
     expected = with_losses(each, x, offsets)
     for actual, value in zip(with_losses(compiled, x, offsets), expected):
-        assert_close(actual, value)
+        # Of gradients: sums of numbers as large as their largest, rounded in another order.
+        assert_close(actual, value, rtol=1e-5, atol=1e-6 * value.abs().max().item())
     with torch.compiler.set_stance("fail_on_recompile"):  # other documents, as many
         with_losses(compiled, x, torch.tensor([0, 1, 2, T]))
 
