@@ -249,9 +249,10 @@ def test_no_tensor_outlives_its_use(case):
         return sum(issubclass(type(x), torch.Tensor) for x in gc.get_objects())
 
     samples = samples_of(case)
+    some = samples[:: -(-len(samples) // 16)]  # of all kinds: they stand in order
     everything(case, samples[0])
     before = live()
-    for sample in samples:
+    for sample in some:
         everything(case, sample)
     assert live() <= before  # fewer, where something of earlier tests went
 

@@ -21,6 +21,18 @@ CASES = cases.collect(cases.routers)
 every_router = pytest.mark.parametrize("case", CASES, ids=str)
 
 
+def _first_of_each_class():
+    seen = set()
+    for case in CASES:
+        kind = type(case.router())
+        yield case if kind not in seen else pytest.param(case, marks=pytest.mark.slow)
+        seen.add(kind)
+
+
+#: Variants of a router compile in `test_layer_compiles_in_training`; more of it takes minutes.
+every_class = pytest.mark.parametrize("case", list(_first_of_each_class()), ids=str)
+
+
 def floats(routing):
     tensors = routing.tensors()
     return {name: x for name, x in tensors.items() if x.is_floating_point()}
@@ -288,7 +300,7 @@ def test_repeats_itself(case):
 # ---- compilation and transforms ------------------------------------------------------------------
 
 
-@every_router
+@every_class
 def test_compiles_for_any_number_of_tokens(case):
     router = case.router()
     compiled = torch.compile(router, fullgraph=True, backend="aot_eager", dynamic=True)
@@ -301,7 +313,7 @@ def test_compiles_for_any_number_of_tokens(case):
             assert_same_bits(routing, router(x, **context))
 
 
-@every_router
+@every_class
 def test_recompiles_once_at_most_when_tokens_change(case):
     router = case.router()
     compiled = torch.compile(router, fullgraph=True, backend="aot_eager")
@@ -323,7 +335,7 @@ def test_layer_compiles_in_training(case):
     assert_close(parameter_gradients(to_compile), parameter_gradients(eager))
 
 
-@every_router
+@every_class
 def test_layer_compiles_with_inductor(case):
     moe, x, context = case.moe().eval(), inputs(64), case.context((64,))
     assert_close(torch.compile(moe, fullgraph=True)(x, **context), moe(x, **context))
@@ -340,7 +352,7 @@ class ByPosition(nn.Module):
         return self.moe(x, **dict(zip(self.names, values)))
 
 
-@every_router
+@every_class
 def test_exports(case):
     context = case.context((6,))
     module = ByPosition(case.moe(), list(context)).eval()
