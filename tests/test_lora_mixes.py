@@ -630,3 +630,47 @@ def test_the_last_hidden_state_of_a_first_pass_is_what_is_routed(scope):
 def test_a_model_without_a_body_has_no_last_hidden_state():
     with pytest.raises(ValueError, match="expected a model of Transformers with a head"):
         linear(router="SoftRouter", router_input="last_hidden")
+
+
+@pytest.mark.parametrize("name", ["mixlora", "hydralora", "poly", "flylora"])
+def test_every_way_of_mixing_compiles_whole(name):
+    model = with_preset(name, train=False)
+    ids, mask = batch()
+    expected = call(model, ids, mask)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    assert_close(call(compiled, ids, mask), expected)
+
+
+@pytest.mark.parametrize("name", ["mixlora", "hydralora", "poly", "flylora"])
+@pytest.mark.parametrize("checkpoints", ["reentrant", "other"])
+def test_checkpoints_change_no_gradient(name, checkpoints):
+    grads = []
+    for kind in None, checkpoints:
+        model = with_preset(name)
+        model.checkpoints = kind
+        model.embed_tokens.weight.requires_grad_()
+        ids, mask = batch()
+        torch.manual_seed(5)
+        attached = tr.attach(model)
+        attached(loss_of(call(model, ids, mask), ids, mask)).backward()
+        grads.append([p.grad for p in model.parameters() if p.requires_grad])
+    assert_close(*grads)
+
+
+@pytest.mark.parametrize("name", ["mixlora", "hydralora", "poly", "flylora"])
+def test_a_model_in_half_precision_has_results_in_it(name):
+    model = with_preset(name, dtype=torch.float32, train=False)
+    ids, mask = batch()
+    expected = call(model, ids, mask)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = call(model, ids, mask)
+    assert y.dtype == torch.bfloat16
+    assert_close(y.float(), expected, atol=0.1, rtol=0.1)
+    half = tiny_lm(torch.bfloat16)
+    tr.lora.inject(half, tr.lora.lora_preset(name, **OPTIONS.get(name, {})))
+    tr.follow_inputs(half)
+    factors = [p for n, p in half.named_parameters() if ".routed_" in n]
+    assert {p.dtype for p in factors} == {torch.float32}
+    attached = tr.attach(half.train())
+    attached(call(half, ids, mask).float().square().mean()).backward()
+    assert all(p.grad is not None for p in factors if p.requires_grad)
