@@ -184,3 +184,34 @@ def test_a_layer_that_sees_other_tokens_than_the_mask_is_named():
     ids, mask = batch()
     with pytest.raises(ValueError, match=r"lora: expected pooler .*\[3, 6\], got \[3\]. .*exclude"):
         model(ids, attention_mask=mask)
+
+
+def test_a_base_of_four_bits_is_trained_around(tmp_path):
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    torch.manual_seed(0)
+    plain = nn.Linear(64, 32)
+    base = bitsandbytes.nn.Linear4bit(64, 32, compute_dtype=torch.float32, quant_type="nf4")
+    base.load_state_dict(plain.state_dict())
+    model = nn.Sequential(base, nn.Linear(32, 8)).to("cpu")  # which is when weights become bits
+    assert model[0].weight.dtype == torch.uint8
+    bits, x = model[0].weight.clone(), torch.randn(9, 64)
+    before = model(x)
+    config = tr.lora.RoutedLoraConfig(r=4, num_experts=3, target_modules=["0"])
+    tr.lora.inject(model, config)
+    assert torch.equal(model(x), before)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer, losses = torch.optim.AdamW(trained, lr=1e-2), []
+    for _ in range(20):
+        loss = model(x).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]
+    assert all(p.dtype == torch.float32 and p.grad is not None for p in trained)
+    assert torch.equal(model[0].base_layer.weight, bits)
+    with tr.lora.disable(model):
+        assert torch.equal(model(x), before)
+    message = "expected a layer with a weight of floating"
+    with tr.lora.force(model, "1"), pytest.raises(tr.lora.MergeError, match=message):
+        tr.lora.merge(model)
