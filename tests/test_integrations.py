@@ -37,7 +37,7 @@ def collected(model, *batches):
     return routings
 
 
-@pytest.mark.parametrize("name", ["torchmetrics", "lightning", "transformers"])
+@pytest.mark.parametrize("name", ["torchmetrics", "lightning", "transformers", "peft"])
 def test_a_missing_package_is_named_with_its_command(monkeypatch, name):
     monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.setitem(sys.modules, f"{name}.pytorch", None)

@@ -356,9 +356,11 @@ def follow_inputs(model: nn.Module) -> RemovableHandle:
             "follow_inputs: expected a model that is not compiled, got an OptimizedModule. "
             "Call it before torch.compile"
         )
-    inputs = Inputs(inspect.signature(model.forward).parameters)
+    # A PeftModel generates by the model inside, which also gets what it is called with itself.
+    root = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inputs = Inputs(inspect.signature(root.forward).parameters)
     routers = routers_of(model, "follow_inputs")
     for router in routers.values():
         router._inputs = inputs
 
-    return model.register_forward_pre_hook(inputs.note, with_kwargs=True)
+    return root.register_forward_pre_hook(inputs.note, with_kwargs=True)

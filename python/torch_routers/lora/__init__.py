@@ -6,6 +6,12 @@ from torch_routers.lora.config import RoutedLoraConfig
 from torch_routers.lora.files import load_adapter, save_adapter
 from torch_routers.lora.folders import LowRank, PeftAdapter, read_peft_adapter
 from torch_routers.lora.inject import inject, unload
+from torch_routers.lora.layouts import (
+    convert_target_parameters,
+    experts_from_target_parameters,
+    read_target_parameters,
+    target_parameters_from_experts,
+)
 from torch_routers.lora.linear import LowRankFactor, RoutedLoraLinear
 from torch_routers.lora.manage import (
     add_expert,
@@ -41,8 +47,10 @@ __all__ = [
     "bake_router",
     "check_reach",
     "collapse_to_lora",
+    "convert_target_parameters",
     "disable",
     "expert_parameters",
+    "experts_from_target_parameters",
     "export_expert",
     "force",
     "from_adapters",
@@ -55,10 +63,12 @@ __all__ = [
     "merge",
     "print_trainable_parameters",
     "read_peft_adapter",
+    "read_target_parameters",
     "remove_expert",
     "save_adapter",
     "set_mix",
     "set_trainable",
+    "target_parameters_from_experts",
     "trainable_parameters",
     "two_passes",
     "unload",

@@ -280,7 +280,7 @@ def _plain_lora(
     }
     others = {
         f"{name}.{key}": value
-        for name, module in saved_modules(model, ours.modules_to_save).items()
+        for name, module in saved_modules(model, ours.modules_to_save, mix).items()
         for key, value in module.state_dict().items()
     }
     of_layers = {name_on_disk(name): value for name, value in errors.items()}

@@ -25,6 +25,9 @@ from torch_routers.routers import Router
 
 PEFT_TYPE = "ROUTED_LORA"
 
+#: What the configuration in a file has beside the fields: what is frozen, and what PEFT adds.
+_BESIDES = ("auto_mapping", "base_model_name_or_path", "frozen", "peft_version", "revision")
+
 
 @dataclass(frozen=True)
 class RoutedLoraConfig:
@@ -195,13 +198,14 @@ class RoutedLoraConfig:
                 f"RoutedLoraConfig: expected peft_type {PEFT_TYPE!r}, got {kind!r}. "
                 "Use lora.from_adapters for adapters of PEFT"
             )
-        unknown = sorted(set(values) - {known.name for known in fields(cls)})
+        known = {known.name for known in fields(cls)}
+        unknown = sorted(set(values) - known.union(_BESIDES))
         if unknown:
             warnings.warn(
                 f"RoutedLoraConfig: expected known fields, got {unknown} too, which are ignored",
                 stacklevel=2,
             )
-        return cls(**{name: value for name, value in values.items() if name not in unknown})
+        return cls(**{name: value for name, value in values.items() if name in known})
 
     def to_json(self, path: str | Path | None = None) -> str:
         """JSON, and a file of it where there is a path."""

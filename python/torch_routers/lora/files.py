@@ -22,7 +22,7 @@ from torch_routers.lora.inject import (
     scopes_of,
     unload,
 )
-from torch_routers.lora.linear import RoutedLoraLinear
+from torch_routers.lora.linear import SHARED, RoutedLoraLinear
 from torch_routers.lora.scope import RoutingScope
 from torch_routers.lora.storage import (
     CONFIG,
@@ -66,15 +66,14 @@ def save_adapter(model: nn.Module, folder: str | Path, mix: str = "default") -> 
     >>> sorted(model.routed_lora), config.experts()
     (['a copy', 'default'], ['0', '1', '2'])
     """
-    layers = layers_of(model, mix, "save_adapter")
     config = current_config(model, mix).to_dict()
+    config["frozen"] = frozen_parts(model, mix)
     name = base_model_name(model)
     save_folder(
         "save_adapter",
         folder,
         {f"base_model.model.{key}": value for key, value in _state(_parts(model, mix)).items()},
         config if name is None else config | {"base_model_name_or_path": name},
-        {"frozen": json.dumps(_frozen(layers, mix))},
     )
 
 
@@ -101,9 +100,8 @@ def load_adapter(model: nn.Module, folder: str | Path, mix: str = "default") -> 
     """
     path = Path(folder) / WEIGHTS
     values = read_config("load_adapter", folder)
-    values.pop("base_model_name_or_path", None)
     config = RoutedLoraConfig.from_dict(values)
-    tensors, metadata = read_tensors("load_adapter", folder)
+    tensors = read_tensors("load_adapter", folder)
     if mix in configs_of(model):
         _check_same(config, configs_of(model)[mix], Path(folder) / CONFIG)
         _load(model, mix, config, tensors, path)
@@ -111,7 +109,7 @@ def load_adapter(model: nn.Module, folder: str | Path, mix: str = "default") -> 
     with _undone_after_errors(model, mix):
         inject(model, config, mix)
         _load(model, mix, config, tensors, path)
-    _freeze(model, mix, json.loads(metadata.get("frozen", "{}")))
+    freeze_parts(model, mix, values.get("frozen") or {})
     return config
 
 
@@ -123,6 +121,11 @@ def current_config(model: nn.Module, mix: str = "default") -> RoutedLoraConfig:
     """
     layers = layers_of(model, mix, "save_adapter")
     config = _of_mode(config_of(model, mix, "save_adapter"), scopes_of(model, "lora", mix))
+    named = saved_modules(model, config.modules_to_save)
+    if more := [name for name in saved_modules(model, None, mix) if name not in named]:
+        config = dataclasses.replace(
+            config, modules_to_save=[*(config.modules_to_save or ()), *more]
+        )
     experts = experts_of(layers, mix)
     ranks, scalings = {}, {}
     for name, layer in layers.items():
@@ -193,7 +196,7 @@ def _parts(model: nn.Module, mix: str) -> dict[str, nn.Module]:
             of_mixes = getattr(layer, kind)
             if mix in of_mixes and of_mixes[mix] not in parts.values():
                 parts[f"{name_on_disk(name)}.{kind}"] = of_mixes[mix]
-    return parts | saved_modules(model, config_of(model, mix, "lora").modules_to_save)
+    return parts | saved_modules(model, config_of(model, mix, "lora").modules_to_save, mix)
 
 
 def _state(parts: dict[str, nn.Module]) -> dict[str, Tensor]:
@@ -270,43 +273,33 @@ def _identity(config: RoutedLoraConfig) -> dict[str, Any]:
     return same | {"router_arguments": arguments}
 
 
-def _frozen(layers: dict[str, RoutedLoraLinear], mix: str) -> dict[str, Any]:
-    """Experts, and whether routers, of which nothing is trained."""
+def frozen_parts(model: nn.Module, mix: str) -> dict[str, Any]:
+    """What of a mixture is not trained: the names of ``experts``, and whether the ``router`` is.
 
-    def is_frozen(modules: list[nn.Module]) -> bool:
-        return not any(p.requires_grad for module in modules for p in module.parameters())
+    An expert without factors of its own is frozen where those that all share are.
+    """
+    layers = layers_of(model, mix, "lora")
+    parts: dict[str, bool] = {}
+    for layer in layers.values():
+        for name, is_trained in layer.trained(mix).items():
+            part = ".".join(name.split(".")[:2])
+            parts[part] = parts.get(part, False) or is_trained
 
-    experts = experts_of(layers, mix)
-    owners = [part[mix] for part in _gates(layers) if mix in part]
+    def is_frozen(expert: str) -> bool:
+        factors = [f"{kind}.{expert}" for kind in ("routed_A", "routed_B")]
+        shared = [f"{kind}.{SHARED}" for kind in ("routed_A", "routed_B")]
+        own = [factor for factor in factors if factor in parts]
+        return not any(parts.get(factor, False) for factor in own or shared)
+
+    routers = (part.startswith(("routed_gate", "routed_tasks")) for part in parts if parts[part])
     return {
-        "experts": [
-            e
-            for e in experts
-            if is_frozen(
-                [
-                    part[mix][e]
-                    for layer in layers.values()
-                    for part in (layer.routed_A, layer.routed_B)
-                    if e in part[mix]
-                ]
-            )
-        ],
-        "router": is_frozen(owners),
+        "experts": [expert for expert in experts_of(layers, mix) if is_frozen(expert)],
+        "router": not any(routers),
     }
 
 
-def _freeze(model: nn.Module, mix: str, frozen: dict[str, Any]) -> None:
-    layers = layers_of(model, mix, "load_adapter")
-    for layer in layers.values():
-        for expert in set(frozen.get("experts", ())) & set(layer.experts(mix)):
-            for part in layer.routed_A, layer.routed_B:
-                if expert in part[mix]:
-                    part[mix][expert].requires_grad_(False)
-    if frozen.get("router"):
-        for part in _gates(layers):
-            if mix in part:
-                part[mix].requires_grad_(False)
-
-
-def _gates(layers: dict[str, RoutedLoraLinear]) -> list[nn.ModuleDict]:
-    return [p for layer in layers.values() for p in (layer.routed_gate, layer.routed_tasks)]
+def freeze_parts(model: nn.Module, mix: str, frozen: Mapping[str, Any]) -> None:
+    """Train all of a mixture but these parts, as `frozen_parts` names them."""
+    for layer in layers_of(model, mix, "lora").values():
+        trained = set(layer.experts(mix)) - set(frozen.get("experts", ()))
+        layer.set_trainable(mix, trained, not frozen.get("router", False))

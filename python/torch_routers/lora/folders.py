@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -23,7 +24,7 @@ _MORE_THAN_LORA = {
     "alora_invocation_tokens": "activated LoRA",
     "lora_bias": "biases of LoRA",
     "layer_replication": "replicated layers",
-    "target_parameters": "LoRA of parameters",
+    "target_parameters": "LoRA of parameters, for lora.read_target_parameters",
 }
 
 #: Initial values that change the base model, to which an adapter then adds.
@@ -75,9 +76,9 @@ def read_peft_adapter(folder: str | Path) -> PeftAdapter:
     """
     folder = Path(folder)
     config = read_config("read_peft_adapter", folder)
-    _check_kind(config, folder)
-    tensors, _ = read_tensors("read_peft_adapter", folder)
-    rules = _rules(config, folder)
+    check_kind("read_peft_adapter", config, folder)
+    tensors = read_tensors("read_peft_adapter", folder)
+    rules = rules_of(config, folder)
     layers, others = {}, {}
     for key, a in tensors.items():
         name, kind = _split(key)
@@ -108,14 +109,13 @@ def read_adapter(folder: str | Path) -> PeftAdapter:
     if read_config("from_adapters", folder).get("peft_type") != PEFT_TYPE:
         return read_peft_adapter(folder)
     values = read_config("from_adapters", folder)
-    name = values.pop("base_model_name_or_path", None)
     config = RoutedLoraConfig.from_dict(values)
     if config.num_experts != 1 or config.mix != "product":
         raise ValueError(
             "from_adapters: expected a mixture with one expert, got "
             f"{config.num_experts} with mix={config.mix!r} in {folder}. Use export_expert"
         )
-    tensors, _ = read_tensors("from_adapters", folder)
+    tensors = read_tensors("from_adapters", folder)
     (expert,) = config.experts()
     layers, others = {}, dict(tensors)
     for key in tensors:
@@ -124,35 +124,42 @@ def read_adapter(folder: str | Path) -> PeftAdapter:
             a, b = others.pop(key), others.pop(key.replace(".routed_A.", ".routed_B."))
             layers[layer] = LowRank(a, b, config.scaling_of(layer, 0))
     gates = {key: others.pop(key) for key in tensors if key.endswith(".routed_gate.weight")}
-    config = {"base_model_name_or_path": name}
-    return PeftAdapter(Path(folder), config, layers, others, gates)
+    return PeftAdapter(Path(folder), values, layers, others, gates)
 
 
 # ---- what is refused -----------------------------------------------------------------------------
 
 
-def _check_kind(config: dict[str, Any], folder: Path) -> None:
+def check_kind(
+    caller: str, config: dict[str, Any], folder: Path, allowed: Collection[str] = ()
+) -> None:
+    """An error for an adapter that is more than the products of two factors.
+
+    Args:
+        allowed: fields of its configuration that may ask for more.
+    """
     kind = config.get("peft_type")
     if kind != "LORA":
-        _refuse(folder, f"an adapter of type LORA, got {kind}")
+        _refuse(folder, f"an adapter of type LORA, got {kind}", caller)
     for name, meaning in _MORE_THAN_LORA.items():
-        if config.get(name):
-            _refuse(folder, f"a plain LoRA, got {meaning} ({name})")
+        if config.get(name) and name not in allowed:
+            _refuse(folder, f"a plain LoRA, got {meaning} ({name})", caller)
     if config.get("bias", "none") != "none":
-        _refuse(folder, f"a LoRA without biases, got bias={config['bias']!r}")
+        _refuse(folder, f"a LoRA without biases, got bias={config['bias']!r}", caller)
     init = config.get("init_lora_weights")
     if isinstance(init, str) and init.lower().startswith(_OF_ANOTHER_BASE):
         _refuse(
             folder,
             f"a LoRA of a base model that is not changed, got init_lora_weights={init!r}, which "
             "does. Save it with path_initial_model_for_weight_conversion",
+            caller,
         )
     for name in ("r", "lora_alpha"):
         if name not in config:
-            _refuse(folder, f"a configuration with {name}, got {sorted(config)}")
+            _refuse(folder, f"a configuration with {name}, got {sorted(config)}", caller)
 
 
-def _rules(config: dict[str, Any], folder: Path) -> RoutedLoraConfig:
+def rules_of(config: dict[str, Any], folder: Path) -> RoutedLoraConfig:
     """What the configuration says about ranks and scalings."""
     try:
         return RoutedLoraConfig(
@@ -173,5 +180,5 @@ def _split(key: str) -> tuple[str, str]:
     return (key, "") if match is None else (match[1], match[2])
 
 
-def _refuse(folder: Path, what: str) -> NoReturn:
-    raise ValueError(f"read_peft_adapter: expected {what}, in {folder}")
+def _refuse(folder: Path, what: str, caller: str = "read_peft_adapter") -> NoReturn:
+    raise ValueError(f"{caller}: expected {what}, in {folder}")

@@ -15,7 +15,13 @@ from torch_routers.lora.storage import saved_modules
 from torch_routers.registry import create_router, from_config, router_parameters
 
 
-def inject(model: nn.Module, config: RoutedLoraConfig, mix: str = "default") -> InjectionReport:
+def inject(
+    model: nn.Module,
+    config: RoutedLoraConfig,
+    mix: str = "default",
+    *,
+    layer_type: type[RoutedLoraLinear] = RoutedLoraLinear,
+) -> InjectionReport:
     """Put a mixture of low-rank experts beside the linear layers of a model, in place.
 
     The matched layers become `RoutedLoraLinear`, everything else in the model is frozen, the model
@@ -27,6 +33,7 @@ def inject(model: nn.Module, config: RoutedLoraConfig, mix: str = "default") -> 
             and of ``config.modules_to_save``.
         config: which layers, how many experts of which rank, and the router.
         mix: the name of the mixture.
+        layer_type: of the layers that are made, for bridges to other packages.
 
     Returns:
         What was matched, and what was not; print it.
@@ -73,7 +80,7 @@ def inject(model: nn.Module, config: RoutedLoraConfig, mix: str = "default") -> 
             keeps = config.router_scope == "model"
             scope.watch(modules[scope.name], keeps_routing=keeps)
     for name, container in containers.items():
-        layer = _wrapped(model, name, modules[name])
+        layer = _wrapped(model, name, modules[name], layer_type)
         own = experts[: config.num_experts_of(name)]
         layer.add_mix(
             mix,
@@ -88,13 +95,24 @@ def inject(model: nn.Module, config: RoutedLoraConfig, mix: str = "default") -> 
         layer.train(layer.base_layer.training)
     for layer in layers_of(model).values():
         layer.active_mix = mix if mix in layer.routed_A else None
-    model.routed_lora = {**configs_of(model), mix: config}
+    set_config(model, mix, config)
     return report
 
 
 def configs_of(model: nn.Module) -> dict[str, RoutedLoraConfig]:
     """The configurations of a model's mixtures, by name."""
     return getattr(model, "routed_lora", {})
+
+
+def set_config(model: nn.Module, mix: str, config: RoutedLoraConfig | None) -> None:
+    """Note the configuration of a mixture, or forget it, where those of the model are.
+
+    That is the model itself, or the one inside that a PeftModel shows as its own.
+    """
+    configs = configs_of(model)
+    holders = (module for module in model.modules() if vars(module).get("routed_lora") is configs)
+    others = {name: known for name, known in configs.items() if name != mix}
+    next(holders, model).routed_lora = others if config is None else {**others, mix: config}
 
 
 def config_of(model: nn.Module, mix: str, caller: str) -> RoutedLoraConfig:
@@ -146,11 +164,8 @@ def unload(model: nn.Module, mix: str | None = None) -> nn.Module:
             layer.remove_mix(known)
         if not layer.routed_A:
             _replace(model, name, layer.base_layer)
-    model.routed_lora = (
-        {}
-        if mix is None
-        else {name: config for name, config in configs_of(model).items() if name != mix}
-    )
+    for known in [*configs_of(model)] if mix is None else [mix]:
+        set_config(model, known, None)
     return model
 
 
@@ -182,10 +197,12 @@ def _freeze(model: nn.Module, config: RoutedLoraConfig) -> None:
             parameter.requires_grad_(False)
 
 
-def _wrapped(model: nn.Module, name: str, module: nn.Module) -> RoutedLoraLinear:
+def _wrapped(
+    model: nn.Module, name: str, module: nn.Module, layer_type: type[RoutedLoraLinear]
+) -> RoutedLoraLinear:
     if isinstance(module, RoutedLoraLinear):
         return module
-    layer = RoutedLoraLinear(module)
+    layer = layer_type(module)
     _replace(model, name, layer)
     return layer
 
@@ -244,7 +261,9 @@ def _make_scope(
         arguments["num_tasks"] = config.num_tasks
     if "num_splits" in takes:
         arguments["num_experts"] *= arguments.get("num_splits", 1)
-    router = create_router(config.router, **arguments).to(device)
+    router = create_router(config.router, **arguments)
+    if not any(parameter.is_meta for parameter in router.parameters()):  # no memory yet
+        router.to(device)
     return RoutingScope(
         router, watched, router_input=config.router_input, tasks=tasks, kind=config.mix
     )

@@ -1,7 +1,7 @@
 """A linear layer with a mixture of low-rank experts beside it."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -162,6 +162,28 @@ class RoutedLoraLinear(nn.Module):
                 del of_owner[mix]
         if self.active_mix == mix:
             self.active_mix = None
+
+    def set_trainable(self, mix: str, experts: Collection[str], router: bool) -> None:
+        """Say which experts of a mixture are trained, and whether its router is.
+
+        What experts share is trained where any of them is.
+        """
+        for part in self.routed_A, self.routed_B:
+            for name, factor in part[mix].items():
+                factor.requires_grad_(name in experts or (name == SHARED and bool(experts)))
+        for of_owner in self.routed_gate, self.routed_tasks:
+            if mix in of_owner:
+                of_owner[mix].requires_grad_(router)
+
+    def trained(self, mix: str) -> dict[str, bool]:
+        """Whether each parameter of a mixture is trained, by its name without the mixture."""
+        kinds = ("routed_A", "routed_B", "routed_gate", "routed_tasks")
+        return {
+            f"{kind}.{name}": parameter.requires_grad
+            for kind in kinds
+            if mix in getattr(self, kind)
+            for name, parameter in getattr(self, kind)[mix].named_parameters()
+        }
 
     def experts(self, mix: str) -> list[str]:
         """The names of a mixture's experts, in the order of the router."""

@@ -9,8 +9,7 @@ import torch
 from torch import nn
 
 from torch_routers.lora.config import RoutedLoraConfig
-from torch_routers.lora.inject import config_of, configs_of, experts_of, layers_of, scopes_of
-from torch_routers.lora.linear import SHARED
+from torch_routers.lora.inject import config_of, experts_of, layers_of, scopes_of, set_config
 from torch_routers.registry import from_config, router_parameters
 from torch_routers.routers import Router
 
@@ -90,12 +89,7 @@ def set_trainable(
     known = experts_of(layers, mix)
     chosen = known if experts is True else _chosen(model, experts or (), mix, "set_trainable")
     for layer in layers.values():
-        for part in layer.routed_A, layer.routed_B:
-            for name, factor in part[mix].items():
-                factor.requires_grad_(name in chosen or (name == SHARED and bool(chosen)))
-        for of_owner in layer.routed_gate, layer.routed_tasks:
-            if mix in of_owner:
-                of_owner[mix].requires_grad_(router)
+        layer.set_trainable(mix, chosen, router)
 
 
 def expert_parameters(
@@ -181,7 +175,7 @@ def add_expert(
         number = len(known)
         rank, scaling = config.rank_of(name, number), config.scaling_of(name, number)
         layer.add_expert(mix, expert, rank, scaling, config.init_lora_weights)
-    model.routed_lora = {**configs_of(model), mix: config}
+    set_config(model, mix, config)
 
 
 def remove_expert(model: nn.Module, expert: str, mix: str = "default") -> None:
@@ -203,7 +197,7 @@ def remove_expert(model: nn.Module, expert: str, mix: str = "default") -> None:
         for part in layer.routed_A[mix], layer.routed_B[mix], layer.scaling[mix]:
             if expert in part:  # a shared factor stays
                 del part[expert]
-    model.routed_lora = {**configs_of(model), mix: config}
+    set_config(model, mix, config)
 
 
 def _with_experts(

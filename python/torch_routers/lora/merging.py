@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from torch_routers.lora.collapse import stacked_factors
 from torch_routers.lora.constant import ConstantRouter
-from torch_routers.lora.inject import config_of, configs_of, layers_of, unload
+from torch_routers.lora.inject import config_of, layers_of, set_config, unload
 from torch_routers.lora.linear import RoutedLoraLinear
 from torch_routers.lora.means import Batches, mean_weights
 from torch_routers.routers import Router
@@ -77,7 +77,7 @@ def bake_router(model: nn.Module, batches: Batches, mix: str = "default") -> Non
         device = next(iter(old.state_dict().values())).device
         scope.replace_router(baked.to(device), layers.values(), mix)
     arguments = {"router": "ConstantRouter", "router_arguments": {}, "mode": None, "losses": []}
-    model.routed_lora = {**configs_of(model), mix: dataclasses.replace(config, **arguments)}
+    set_config(model, mix, dataclasses.replace(config, **arguments))
 
 
 def _constant_weights(layer: RoutedLoraLinear, mix: str) -> dict[str, float]:

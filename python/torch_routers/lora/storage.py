@@ -21,7 +21,6 @@ def save_folder(
     folder: str | Path,
     tensors: Mapping[str, Tensor],
     config: Mapping[str, Any],
-    metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Write the two files, each whole or not at all; other files of the folder stay.
 
@@ -37,7 +36,7 @@ def save_folder(
     # A copy of each: what shares its memory cannot be saved.
     copies = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
     files = {
-        WEIGHTS: save(copies, metadata={"format": "pt", **(metadata or {})}),
+        WEIGHTS: save(copies, metadata={"format": "pt"}),
         CONFIG: (json.dumps(config, indent=2) + "\n").encode(),
     }
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -73,8 +72,8 @@ def read_config(caller: str, folder: str | Path) -> dict[str, Any]:
     return config
 
 
-def read_tensors(caller: str, folder: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of a folder without PEFT's prefix, and the metadata. Pickles are not read."""
+def read_tensors(caller: str, folder: str | Path) -> dict[str, Tensor]:
+    """The tensors of a folder without PEFT's prefix. Pickles are not read."""
     path = Path(folder) / WEIGHTS
     if not path.is_file():
         pickles = sorted(p.name for p in Path(folder).glob("adapter_model.*"))
@@ -88,7 +87,6 @@ def read_tensors(caller: str, folder: str | Path) -> tuple[dict[str, Tensor], di
 
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{caller}: expected safetensors in {path}, got {error}") from None
@@ -97,7 +95,7 @@ def read_tensors(caller: str, folder: str | Path) -> tuple[dict[str, Tensor], di
             raise ValueError(
                 f"{caller}: expected keys that begin with {PREFIX}, got {name} in {path}"
             )
-    return {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}, metadata
+    return {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
 
 
 def name_on_disk(name: str) -> str:
@@ -105,13 +103,21 @@ def name_on_disk(name: str) -> str:
     return name.replace("_orig_mod.", "").removeprefix(PREFIX)
 
 
-def saved_modules(model: nn.Module, saved: list[str] | None) -> dict[str, nn.Module]:
-    """Modules that are saved as a whole, by name on disk: the outermost that ``saved`` names."""
+def saved_modules(
+    model: nn.Module, saved: list[str] | None, mix: str | None = None
+) -> dict[str, nn.Module]:
+    """Modules that are saved as a whole, by name on disk: the outermost that ``saved`` names.
+
+    With a ``mix``, also those of which PEFT has a copy for an adapter of that name: the copies.
+    """
     found: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
+        copies = getattr(module, "modules_to_save", None)
+        has_copy = isinstance(copies, nn.ModuleDict) and mix in copies
         is_named = any(name == end or name.endswith(f".{end}") for end in saved or ())
-        if is_named and not name_on_disk(name).startswith(tuple(f"{outer}." for outer in found)):
-            found[name_on_disk(name)] = module
+        inside = name_on_disk(name).startswith(tuple(f"{outer}." for outer in found))
+        if (is_named or has_copy) and not inside:
+            found[name_on_disk(name)] = copies[mix] if has_copy else module
     return found
 
 
