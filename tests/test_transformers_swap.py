@@ -22,6 +22,7 @@ OTHERS = {
     "EntropyRouter": {},
     "HashRouter": {"vocab_size": VOCAB, "top_k": 2},
     "NoisyTopKRouter": {},
+    "PrototypeRouter": {},
     "ReLURouter": {},
     "SoftRouter": {},
     "TopPRouter": {"top_p": 0.9},
@@ -280,9 +281,13 @@ def test_samples_of_a_batch_have_a_capacity_each(name):
 
 @pytest.mark.parametrize("name", ["mixtral", "deepseek", "gpt_oss"])
 def test_losses_are_delivered_or_missed(name):
-    model, ids = tiny(name).train(), batch()
+    model, ids = tiny(name), batch()
     losses = [tr.losses.LoadBalanceLoss(0.1), tr.losses.ZLoss(0.01)]
     swap_routers(model, losses=losses)
+    gates = [gate_of(block) for block in blocks_of(model)]
+    assert len({loss for gate in gates for loss in gate.losses}) == 2 * len(gates)
+    model(ids)  # in eval mode, as the model was: there are none
+    model.train()
     with pytest.raises(RuntimeError, match="swap_routers: expected a destination for 2 losses"):
         model(ids)
     with tr.collect(model) as routings:
@@ -406,6 +411,10 @@ def test_a_cache_changes_no_generated_token(name, router):
         ("expected router among", {"router": "Router"}),
         ("expected a router that chooses experts .* got SMEARRouter", {"router": "SMEARRouter"}),
         ("expected a router that chooses .* got RecurrentRouter", {"router": "RecurrentRouter"}),
+        (
+            r"expected a router with a weight of shape \[4, 16\], .* got \[3, 4\] of PolyRouter",
+            {"router": "PolyRouter", "num_tasks": 3},
+        ),
         ("expected init among", {"init": "zeros"}),
         ("expected top_k >= 1 or 'keep', got 0", {"top_k": 0}),
         ("expected top_k >= 1 or 'keep', got 'all'", {"top_k": "all"}),

@@ -18,7 +18,14 @@ from torch_routers.integrations.transformers.gates import (
     gate_class,
     logits_weights_indices,
 )
-from torch_routers.registry import Configurable, check_choice, create_router, list_routers, lookup
+from torch_routers.registry import (
+    Configurable,
+    check_choice,
+    create_router,
+    list_routers,
+    lookup,
+    router_parameters,
+)
 from torch_routers.routers import RecurrentRouter, Router, SMEARRouter, TopKRouter
 
 #: What a module keeps hooks in: those of a gate go on to see what is in its place.
@@ -29,6 +36,9 @@ _HOOKS = (
     "_forward_pre_hooks",
     "_forward_pre_hooks_with_kwargs",
 )
+
+#: What classes of routers have in common.
+_COMMON = ("hidden_size", "num_experts", "top_k", "gate_bias")
 
 
 @dataclass
@@ -112,12 +122,9 @@ def swap_routers(
         )
     # All are built before anything is changed.
     swaps = [
-        _Swap(f"{name}.{FAMILIES[type(block).__name__].gate}", block, cls, top_k, router_arguments)
-        for name, block in blocks.items()
+        _Swap(name, block, cls, top_k, init, router_arguments) for name, block in blocks.items()
     ]
     report, inputs = SwapReport(router), inputs_of(model)
-    for swap in swaps:
-        swap.take_over(init)
     for swap in swaps:
         swap.router._inputs = inputs
         swap.put(report)
@@ -149,15 +156,16 @@ class _Swap:
         block: nn.Module,
         cls: type[Router],
         top_k: int | str,
+        init: str,
         arguments: dict[str, Any],
     ) -> None:
-        self.name, self.block = name, block
-        self.family = FAMILIES[type(block).__name__]
+        self.block, self.family = block, FAMILIES[type(block).__name__]
+        self.name = f"{name}.{self.family.gate}"
         self.gate = getattr(block, self.family.gate)
         if isinstance(self.gate, Gate):
             raise ValueError(
                 f"swap_routers: expected a model with its own gates, got {type(self.gate).__name__}"
-                f" at {name}. Call restore() on the report of the first swap"
+                f" at {self.name}. Call restore() on the report of the first swap"
             )
         if hasattr(block, "route_tokens_to_experts"):
             raise RuntimeError(
@@ -172,7 +180,7 @@ class _Swap:
         self.as_the_model_counts = isinstance(self.router, TopKRouter) and all(
             getattr(self.router, option) == rule[option] for option in choice if option in rule
         )
-        self.unused: list[str] = []
+        self.unused = self._take_over(init)
 
     def _build(
         self,
@@ -181,7 +189,7 @@ class _Swap:
         top_k: int | str,
         arguments: dict[str, Any],
     ) -> Router:
-        gate, takes = self.gate, inspect.signature(cls).parameters
+        gate, takes = self.gate, router_parameters(cls.__name__)
         num_experts, hidden_size = gate.weight.shape
         slots = num_experts
         if top_k != "keep" and "top_k" not in takes:
@@ -194,11 +202,13 @@ class _Swap:
         wanted = {**rule, "hidden_size": hidden_size, "num_experts": num_experts}
         if top_k != "keep":
             wanted["top_k"] = top_k
+        if not issubclass(cls, TopKRouter):  # other classes mean other things by these
+            wanted = {option: wanted[option] for option in _COMMON if option in wanted}
         given = {option: value for option, value in wanted.items() if option in takes}
         router = create_router(cls.__name__, **{**given, **arguments})
         router.to(gate.weight.device, gate.weight.dtype).train(gate.training)
         bias = "e_score_correction_bias"
-        renamed = bias in gate._buffers and router.expert_bias is not None
+        renamed = bias in gate._buffers and bool(getattr(router, "selection_bias", False))
         router.__class__ = gate_class(
             cls,
             None if isinstance(gate, nn.Linear) else type(gate),
@@ -211,12 +221,19 @@ class _Swap:
         router.factor = 1.0 if "scale" in takes else rule.get("scale", 1.0)
         return router
 
-    def take_over(self, init: str) -> None:
-        """Copies what both have; what only the gate has is kept, for the keys' sake."""
+    def _take_over(self, init: str) -> list[str]:
+        """Copies what both have; what only the gate has is kept, for its key, which is returned."""
+        unused = []
         parameters, router = dict(self.gate.named_parameters()), self.router
         ours = {**dict(router.named_parameters()), **dict(router.named_buffers())}
         for key, value in {**parameters, **dict(self.gate.named_buffers())}.items():
             if key in ours:
+                if ours[key].shape != value.shape:
+                    raise ValueError(
+                        f"swap_routers: expected a router with a {key} of shape "
+                        f"{list(value.shape)}, as that of the gate, got {list(ours[key].shape)} of "
+                        f"{type(router).__name__}"
+                    )
                 if init == "copy":
                     with torch.no_grad():
                         ours[key].copy_(value)
@@ -232,7 +249,8 @@ class _Swap:
                 router.register_parameter(key, nn.Parameter(kept, requires_grad=False))
             else:
                 router.register_buffer(key, kept)
-            self.unused.append(key)
+            unused.append(key)
+        return unused
 
     def put(self, report: SwapReport) -> None:
         block, router, gate, undo = self.block, self.router, self.gate, report._undo
