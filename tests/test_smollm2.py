@@ -63,8 +63,13 @@ def tiny_model():
 
 @pytest.fixture
 def models(monkeypatch):
-    """The scripts take a tiny model; gives those that they took."""
+    """The scripts take a tiny model, and rows of any tokens; gives the models that they took."""
     taken = []
+
+    def read_rows(tokenizer, domains, *, train, test, length):
+        sizes = {"train": train, "test": test}
+        shapes = {split: (count, length) for split, count in sizes.items()}
+        return {d: {s: torch.randint(2, 17, shape) for s, shape in shapes.items()} for d in domains}
 
     def load_model():
         taken.append(tiny_model())
@@ -73,6 +78,7 @@ def models(monkeypatch):
     for script in (trainer_script, routing_script):
         monkeypatch.setattr(script, "load_model", load_model)
         monkeypatch.setattr(script, "load_tokenizer", tiny_tokenizer)
+        monkeypatch.setattr(script, "read_rows", read_rows)
     return taken
 
 

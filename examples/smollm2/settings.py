@@ -16,8 +16,8 @@ class Settings:
     """Tokens of a row."""
     train: int = 240
     """Rows of each domain, at most."""
-    test: int = 16
-    tokens: int = 32
+    test: int = 8
+    tokens: int = 16
     """To generate."""
     learning_rate: float = 2e-3
 

@@ -8,18 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import TrainerCallback
+from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 from torch_routers.delivery import Attached
 from torch_routers.integrations.window import Window
-
-try:
-    from transformers import TrainerCallback
-    from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
-except ImportError as error:
-    raise ImportError(
-        "torch_routers.integrations.transformers: expected the package transformers, got none. "
-        "Run: pip install transformers"
-    ) from error
 
 
 class RoutingCallback(TrainerCallback):
