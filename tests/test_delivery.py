@@ -349,6 +349,36 @@ def test_tasks_reach_the_losses_and_not_the_model(flatten, compile, per_token):
     assert expected != 0
 
 
+def test_nothing_is_followed_after_removal():
+    root, ids = Root(), torch.arange(4).view(1, 4)
+    root.moe = tr.MoE(tr.TopKRouter(8, 4, 2), tr.SwiGLUExperts(4, 8, 6))
+    x, mask = root.embed(ids), torch.tensor([[0, 1, 1, 1]])
+    handle = tr.follow_inputs(root)
+    root(ids, attention_mask=mask)
+    assert root.moe.router(x).counts.sum() == 6
+    handle.remove()
+    assert root.moe.router(x).counts.sum() == 8  # not by the mask of the last call
+    root(ids, attention_mask=mask)
+    assert root.moe.router(x).counts.sum() == 8
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_following_twice_is_following_once(copied):
+    root, ids = Root(), torch.arange(4).view(1, 4)
+    loss = tr.losses.MutualInformationLoss(1.0, num_tasks=3)
+    root.moe = tr.MoE(tr.TopKRouter(8, 4, 2, losses=[loss]), tr.SwiGLUExperts(4, 8, 6))
+    tr.follow_inputs(root)
+    root = copy.deepcopy(root) if copied else root
+    router = root.later = tr.TopKRouter(8, 4, 2)
+    again = tr.follow_inputs(root)
+    with tr.collect(root):
+        root(ids, routing_task_ids=torch.tensor([2]), attention_mask=torch.tensor([[0, 1, 1, 1]]))
+    assert router(root.embed(ids)).counts.sum() == 6
+    again.remove()
+    assert router(root.embed(ids)).counts.sum() == 8
+    assert not root._forward_pre_hooks
+
+
 def test_what_a_caller_passes_comes_first():
     root, ids = Root(), torch.arange(4).view(1, 4)
     tr.follow_inputs(root)

@@ -334,13 +334,26 @@ def inputs_of(model: nn.Module) -> Inputs | None:
     return next((owner for owner in owners if isinstance(owner, Inputs)), None)
 
 
-def follow_inputs(model: nn.Module) -> RemovableHandle:
+class Following:
+    """What `follow_inputs` returns."""
+
+    def __init__(self, inputs: Inputs, handle: RemovableHandle) -> None:
+        self._inputs, self._handle = inputs, handle
+
+    def remove(self) -> None:
+        """Show the routers nothing any more, what they saw last neither."""
+        self._handle.remove()
+        self._inputs.context = {}
+
+
+def follow_inputs(model: nn.Module) -> Following:
     """From now on, each call of ``model`` shows its inputs to the routers inside.
 
     The root's ``attention_mask`` (2-D, 1 = real token) becomes ``valid_mask``, its ``input_ids``
     become ``token_ids``, and ``routing_task_ids``, one per sample or per token, ``task_ids``: the
     last are taken out of the call, for models that do not know them. What a caller passes to a
-    router directly takes precedence. Remove the returned handle to stop.
+    router directly takes precedence. Call ``remove()`` of what is returned to stop. A second call
+    for the same model reaches routers that came later.
 
     The inputs stay after the call, for the recomputation of checkpoints in backward. Interleaved
     micro-batches (forward, forward, backward, backward) with eager checkpointing would therefore
@@ -358,9 +371,22 @@ def follow_inputs(model: nn.Module) -> RemovableHandle:
         )
     # A PeftModel generates by the model inside, which also gets what it is called with itself.
     root = model.get_base_model() if hasattr(model, "get_base_model") else model
-    inputs = Inputs(inspect.signature(root.forward).parameters)
     routers = routers_of(model, "follow_inputs")
+    inputs, handle = _followed(root)
+    if inputs is None:
+        inputs = Inputs(inspect.signature(root.forward).parameters)
+        handle = root.register_forward_pre_hook(inputs.note, with_kwargs=True)
     for router in routers.values():
         router._inputs = inputs
+    return Following(inputs, handle)
 
-    return root.register_forward_pre_hook(inputs.note, with_kwargs=True)
+
+def _followed(root: nn.Module) -> tuple[Inputs | None, RemovableHandle | None]:
+    """What an earlier call made for this very module, and how to take it away."""
+    hooks = root._forward_pre_hooks
+    for key, hook in hooks.items():
+        if isinstance(getattr(hook, "__self__", None), Inputs):
+            handle = RemovableHandle(hooks, extra_dict=root._forward_pre_hooks_with_kwargs)
+            handle.id = key
+            return hook.__self__, handle
+    return None, None
