@@ -202,7 +202,7 @@ def test_another_process_loads_what_this_one_saved(tmp_path):
         assert not torch.equal(expected[task_type], logits(BASES[task_type]()))
         model.save_pretrained(tmp_path / str(task_type))
     code = LOADING.format(tests=str(Path(__file__).parent), folder=tmp_path)
-    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, timeout=120)
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, timeout=300)
     for task_type, value in expected.items():
         assert torch.equal(torch.load(tmp_path / str(task_type) / "logits"), value), task_type
 
