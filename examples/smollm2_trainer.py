@@ -4,11 +4,12 @@
     python examples/smollm2_trainer.py
 
 SmolLM2 (135 million parameters) reads the Bible, film reviews and Python. Leaves the mixture in
-``smollm2-results/mixture``.
+``smollm2-results/mixture``; ``--peft`` makes and saves it by PEFT, in the same files.
 """
 
 import sys
 
+import peft
 import torch
 
 import torch_routers as tr
@@ -17,11 +18,14 @@ from smollm2.text import DOMAINS, read_rows
 from smollm2.train import PROMPTS, generate, perplexities, table, trainer_of
 from smollm2.weights import load_model, load_tokenizer
 from torch_routers.ablation.errors import AblationError
+from torch_routers.integrations.peft import RoutedLoraPeftConfig
 from torch_routers.integrations.transformers import RoutingCallback, attach_to_loss
 
 
 def main() -> None:
-    options = parser(__doc__).parse_args()
+    arguments = parser(__doc__)
+    arguments.add_argument("--peft", action="store_true", help="make the mixture by PEFT")
+    options = arguments.parse_args()
     settings = PRESETS[options.preset]
     torch.manual_seed(0)
     tokenizer, model = load_tokenizer(), load_model()
@@ -37,7 +41,10 @@ def main() -> None:
         router_scope="block",
         losses=[tr.losses.ZLoss(1e-3)],
     )
-    print(tr.lora.inject(model, config))
+    if options.peft:
+        model = peft.get_peft_model(model, RoutedLoraPeftConfig.from_routed(config))
+    else:
+        print(tr.lora.inject(model, config))
     tr.follow_inputs(model)
     tr.lora.print_trainable_parameters(model)
 
@@ -46,7 +53,10 @@ def main() -> None:
     attach_to_loss(model)  # the Trainer has moved the model to its device
     trainer.add_callback(RoutingCallback(log_every=max(1, settings.steps // 2)))
     trainer.train()
-    tr.lora.save_adapter(model, options.out / "mixture")
+    if options.peft:
+        model.save_pretrained(options.out / "mixture")
+    else:
+        tr.lora.save_adapter(model, options.out / "mixture")
 
     found["MoLoRA"] = perplexities(model, rows)
     print("Perplexity on test text:", table(found), sep="\n\n")

@@ -82,8 +82,8 @@ def models(monkeypatch):
     return taken
 
 
-def run(script, monkeypatch, out):
-    monkeypatch.setattr(sys, "argv", ["script", "--preset", "quick", "--out", str(out)])
+def run(script, monkeypatch, out, *more):
+    monkeypatch.setattr(sys, "argv", ["script", "--preset", "quick", "--out", str(out), *more])
     script.main()
 
 
@@ -208,8 +208,9 @@ def test_padding_changes_no_generated_token():
 # ---- the scripts ---------------------------------------------------------------------------------
 
 
-def test_the_trainer_trains_the_mixture_alone(models, monkeypatch, tmp_path):
-    run(trainer_script, monkeypatch, tmp_path)
+@pytest.mark.parametrize("more", [[], ["--peft"]])
+def test_the_trainer_trains_the_mixture_alone(models, monkeypatch, tmp_path, more):
+    run(trainer_script, monkeypatch, tmp_path, *more)
     (model,) = models
     base = tiny_model().state_dict()
     found = {name.replace(".base_layer", ""): value for name, value in model.state_dict().items()}
