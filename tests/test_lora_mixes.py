@@ -473,6 +473,22 @@ def test_arrow_is_that_of_peft(tmp_path):
     assert_close(layer(x) - layer.base_layer(x), expected, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("count", "arguments", "top_k"),
+    [(2, None, 2), (4, None, 3), (4, {"score": "normalized"}, 2), (4, {"top_k": 1}, 1)],
+)
+def test_a_prototype_router_chooses_as_many_as_in_its_paper(count, arguments, top_k):
+    names = [f"task{e}" for e in range(count)]
+    config = tr.lora.RoutedLoraConfig(
+        target_modules=["0"],
+        expert_names=names,
+        router="PrototypeRouter",
+        router_arguments=arguments,
+    )
+    assert config.router_arguments["top_k"] == top_k
+    assert tr.lora.RoutedLoraConfig.from_json(config.to_json()) == config
+
+
 def test_a_prototype_is_the_first_singular_vector(tmp_path):
     model = tiny_lm()
     tr.lora.from_adapters(model, folders(tmp_path, spread=1.0), init="arrow")

@@ -69,8 +69,8 @@ class RoutedLoraConfig:
         ranks: a rank for each expert, in the place of ``r``. 0: it adds nothing.
         router: a class of routers, its name, or that of a known model; see `create_router`.
         router_arguments: of its constructor, without sizes and losses. Default: ``top_k`` of 2 for
-            ``"TopKRouter"``, or 1 where there is one expert, and 3 for ``"PrototypeRouter"``, or
-            fewer where there are fewer experts.
+            ``"TopKRouter"``, or 1 where there is one expert. A ``"PrototypeRouter"`` has the
+            ``top_k`` of its paper, or as many as there are experts, where they do not say it.
         router_scope: what shares a routing: each layer has its own, all that have the same parent,
             all in one layer of the model, or all of the model.
         router_input: what it is computed from: each token, the mean of a sequence, the task, each
@@ -265,9 +265,11 @@ class RoutedLoraConfig:
             count = len(of_experts) if of_experts is not None else None
             count = max(self.experts_per_layer or [4]) if count is None else count
         if arguments is None:
-            most = {"TopKRouter": 2, "PrototypeRouter": 3}.get(self.router)
-            arguments = {} if most is None else {"top_k": min(most, count)}
+            arguments = {"top_k": min(2, count)} if self.router == "TopKRouter" else {}
         arguments = as_dict("router_arguments", arguments)
+        if self.router == "PrototypeRouter" and "top_k" not in arguments:
+            most = 2 if arguments.get("score") == "normalized" else 3
+            arguments["top_k"] = min(most, count)
         mode = arguments.get("mode") if self.mode is None else self.mode
         if mode is not None:
             arguments["mode"] = mode

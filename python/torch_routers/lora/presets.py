@@ -133,13 +133,12 @@ ADAPTER_PRESETS: dict[str, dict[str, Any]] = {
     # arXiv 2405.11157
     "arrow": {
         "router": "PrototypeRouter",
-        "router_arguments": {"top_k": 3},
         "init": "arrow",
     },
     # arXiv 2402.05859
     "phatgoose": {
         "router": "PrototypeRouter",
-        "router_arguments": {"top_k": 2, "score": "normalized"},
+        "router_arguments": {"score": "normalized"},
         "init": "gates",
     },
     # arXiv 2402.07148; PEFT's XLoraConfig: depth 1, one scaling for all layers
