@@ -93,7 +93,7 @@ clean:
 	rm -rf $@
 	$(BIN)/pip install -q --no-deps --target $@ transformers==4.57.6 "huggingface-hub<1" \
 	  "tokenizers>=0.22,<=0.23.0" requests certifi charset-normalizer idna urllib3 \
-	  $$($(BIN)/python -c "import importlib.util as u; print('datasets<5' if u.find_spec('datasets') else '')")
+	  $$($(BIN)/python -c "import importlib.util as u; print('datasets<5 httpx httpcore h11 anyio' * bool(u.find_spec('datasets')))")
 	touch $@
 
 comma := ,
