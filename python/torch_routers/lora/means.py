@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from torch_routers.delivery import collect
 from torch_routers.lora.inject import scopes_of
@@ -16,6 +17,17 @@ from torch_routers.routing import Routing
 
 #: What a model is called with, time after time: dicts of keywords, or sequences of arguments.
 Batches = Iterable[Mapping[str, Any] | Sequence[Any]]
+
+
+def look_at(model: nn.Module, batches: Batches, handles: list[RemovableHandle]) -> None:
+    """Call a model with each batch, for hooks to see, which are then removed."""
+    try:
+        for batch in batches:
+            with collect(model):  # losses are of no use here
+                model(**batch) if isinstance(batch, Mapping) else model(*batch)
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @torch.no_grad()
@@ -38,13 +50,7 @@ def mean_weights(
         tokens[router] += int((rows != 0).any(1).sum())
 
     handles = [router.register_forward_hook(add) for router in sums]
-    try:
-        for batch in batches:
-            with collect(model):  # losses are of no use here
-                model(**batch) if isinstance(batch, Mapping) else model(*batch)
-    finally:
-        for handle in handles:
-            handle.remove()
+    look_at(model, batches, handles)
     if not all(tokens.values()):
         raise ValueError(f"{caller}: expected batches with tokens for every router, got none")
     return {scope: sums[scope.router] / tokens[scope.router] for scope in scopes}

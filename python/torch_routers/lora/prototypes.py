@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from torch_routers.delivery import collect
 from torch_routers.lora.inject import experts_of, layers_of, scopes_of
+from torch_routers.lora.means import Batches, look_at
 from torch_routers.routers import PrototypeRouter, Router
 
 
@@ -56,7 +56,7 @@ def _first_direction(a: Tensor, b: Tensor) -> Tensor:
 @torch.no_grad()
 def gates_from_samples(
     model: nn.Module,
-    samples: Mapping[str, Iterable[Mapping[str, Any] | Sequence[Any]]],
+    samples: Mapping[str, Batches],
     mix: str = "default",
 ) -> None:
     """Build the routers of a mixture from samples for each expert, without training.
@@ -102,9 +102,7 @@ def _rows_of(router: Router) -> Tensor:
     return rows
 
 
-def _mean_inputs(
-    model: nn.Module, routers: list[Router], batches: Iterable[Any]
-) -> dict[Router, Tensor]:
+def _mean_inputs(model: nn.Module, routers: list[Router], batches: Batches) -> dict[Router, Tensor]:
     sums = dict.fromkeys(routers, 0.0)
     tokens = dict.fromkeys(sums, 0)
 
@@ -118,13 +116,7 @@ def _mean_inputs(
         tokens[router] += len(kept)
 
     handles = [router.register_forward_pre_hook(add, with_kwargs=True) for router in routers]
-    try:
-        for batch in batches:
-            with collect(model):  # losses are of no use here
-                model(**batch) if isinstance(batch, Mapping) else model(*batch)
-    finally:
-        for handle in handles:
-            handle.remove()
+    look_at(model, batches, handles)
     if not all(tokens.values()):
         raise ValueError("gates_from_samples: expected samples with tokens, got none")
     return {router: sums[router] / tokens[router] for router in routers}
