@@ -1,7 +1,7 @@
 """LoRAs that PEFT trained, one for each kind of text, as experts: who decides among them?
 
     make models
-    python examples/route_existing_loras.py
+    python examples/route_existing_loras.py  # --preset quick: does everything run?
 
 Equal weights, a trained router and Arrow, which needs no training, beside each LoRA alone. Leaves
 the LoRAs in ``smollm2-results/loras``, where a second run finds them, and ``routing.md``.

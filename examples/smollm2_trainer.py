@@ -1,7 +1,7 @@
 """A mixture of LoRAs in a pretrained language model, under the stock Trainer of Transformers.
 
     make models
-    python examples/smollm2_trainer.py
+    python examples/smollm2_trainer.py  # --preset quick: does everything run?
 
 SmolLM2 (135 million parameters) reads the Bible, film reviews and Python. Leaves the mixture in
 ``smollm2-results/mixture``; ``--peft`` makes and saves it by PEFT, in the same files.
