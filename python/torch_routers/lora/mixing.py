@@ -43,10 +43,8 @@ def add_of_shared_a(x: Tensor, factors: Factors, routing: Routing, _: bool) -> T
     (a,), x = factors.A, _as_autocast(x)
     u = F.linear(x, a.to(x.dtype))
     weights = routing.of_experts(len(factors.B))
-    selected = weights != 0 if routing.active is None else routing.active
     gates = weights * weights.new_tensor(factors.scaling)
     gated = u.to(gates.dtype).unsqueeze(-2) * gates.unsqueeze(-1)
-    gated = torch.where(selected.unsqueeze(-1), gated, 0)  # what is left out may be infinite
     return F.linear(gated.flatten(-2).to(x.dtype), torch.cat([*factors.B], 1).to(x.dtype))
 
 
