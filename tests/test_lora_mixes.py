@@ -136,12 +136,28 @@ def test_a_shared_factor_is_that_of_every_expert(router):
         assert_close(model(x), by_loop(model[0], x, torch.eye(4)[[2] * 5].double()))
 
 
+STRAIGHT_THROUGH = {
+    "router": "SoftRouter",
+    "router_arguments": {"mode": "st_topk", "top_k": 1},
+    "losses": [],
+}
+
+
 def test_a_router_learns_from_experts_that_it_left_out():
-    arguments = {"mode": "st_topk", "top_k": 1}
-    model = linear(mix="shared_a", router="SoftRouter", router_arguments=arguments)
-    x, router = torch.randn(1, 8).double(), model[0].scope("default").router
-    model(x).sum().backward()
-    assert (router.weight.grad != 0).any(1).all()
+    model = linear(mix="shared_a", **STRAIGHT_THROUGH)
+    model(torch.randn(1, 8).double()).sum().backward()
+    assert (model[0].scope("default").router.weight.grad != 0).any(1).all()
+    mlp = with_preset("mixlora", **STRAIGHT_THROUGH).layers[0].mlp
+    mlp(torch.randn(1, HIDDEN).double()).sum().backward()
+    assert (mlp.up_proj.scope("default").router.weight.grad != 0).any(1).all()
+
+
+def test_nothing_leaks_from_an_expert_that_no_token_has():
+    model, x = linear(mix="shared_a", router="TopKRouter"), torch.randn(1, 8).double()
+    used = model[0].scope("default").router(x).indices.flatten().tolist()
+    for expert in set(range(4)) - set(used):
+        nn.init.constant_(model[0].routed_B["default"][str(expert)].weight, torch.nan)
+    assert model(x).isfinite().all()
 
 
 def test_a_router_with_a_factor_is_not_baked():
@@ -198,11 +214,13 @@ def test_features_that_cannot_be_split_are_refused():
         )  # fmt: skip
 
 
+def ranks(top_k):
+    options = {"router": "RankRouter", "router_arguments": {"top_k": top_k}}
+    return linear(mix="ranks", r=1, lora_alpha=2, num_experts=6, **options)
+
+
 def test_ranks_are_chosen_by_the_projection():
-    model = linear(
-        mix="ranks", r=1, lora_alpha=2, num_experts=6, router="RankRouter",
-        router_arguments={"top_k": 2},
-    )  # fmt: skip
+    model = ranks(top_k=2)
     layer, x = model[0], torch.randn(7, 8).double()
     router = layer.scope("default").router
     router.expert_bias[3], router.expert_bias[1] = 5.0, -5.0  # far from 0, of either sign
@@ -216,10 +234,7 @@ def test_ranks_are_chosen_by_the_projection():
 
 
 def test_all_ranks_are_a_lora_whose_first_factor_is_frozen():
-    model = linear(
-        mix="ranks", r=1, lora_alpha=2, num_experts=6, router="RankRouter",
-        router_arguments={"top_k": 6},
-    )  # fmt: skip
+    model = ranks(top_k=6)
     layer, x = model[0], torch.randn(7, 8).double()
     a, b = layer.scope("default").router.projection, layer.routed_B["default"].shared.weight
     assert_close(model(x), layer.base_layer(x) + 2 * x @ a.T @ b.T)
@@ -435,10 +450,10 @@ def folders(tmp_path, count=3, spread=5.0):
     """LoRAs of PEFT whose first singular values stand out."""
     found = {}
     for number in range(count):
-        torch.manual_seed(10 + number)
         model = peft.get_peft_model(
             tiny_lm(), peft.LoraConfig(r=3, lora_alpha=6, target_modules=["q_proj", "up_proj"])
         )
+        torch.manual_seed(10 + number)  # after the model, which has a seed of its own
         for name, parameter in model.named_parameters():
             if "lora_" in name:
                 nn.init.normal_(parameter)
@@ -551,6 +566,22 @@ def test_gates_that_were_trained_alone_choose_together(tmp_path):
     top = logits.topk(2)
     assert torch.equal(router(x).indices, top.indices)
     assert_close(router(x).weights, top.values.softmax(-1))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"init": "arrow", "router": "TopKRouter"}, "with init='arrow', got 'TopKRouter' and"),
+        ({"init": "arrow", "router_scope": "block"}, "got 'PrototypeRouter' and 'block'"),
+        ({"init": "gates"}, 'expected a gate of .* for init="gates", got None in'),
+    ],
+)
+def test_a_beginning_that_does_not_fit_leaves_the_model_alone(tmp_path, options, message):
+    model = tiny_lm()
+    with pytest.raises(ValueError, match=f"from_adapters: .*{message}"):
+        tr.lora.from_adapters(model, folders(tmp_path), **options)
+    assert not any(isinstance(m, tr.lora.RoutedLoraLinear) for m in model.modules())
+    assert all(p.requires_grad for p in model.parameters())
 
 
 def test_a_mixture_of_several_experts_is_no_adapter(tmp_path):

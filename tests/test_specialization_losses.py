@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import pickle
+import re
 from functools import partial
 
 import pytest
@@ -924,3 +925,72 @@ def test_tokens_that_see_no_expert():
             given = {"task_ids": ids[:5]} if loss.needs else {}
             assert_close(value, expected.weight * expected(routing(z[:5]), **given))
         assert value.isfinite() and gradient(value, z).isfinite().all()
+
+
+# ---- balance inside groups -----------------------------------------------------------------------
+
+
+def by_numbers(p, tasks, groups, delta):
+    """Sample by sample and expert by expert, for ``p`` [samples, tokens, experts]."""
+    z = []
+    for sample, task in zip(p, tasks):
+        for expert in range(p.shape[-1]):
+            own = [1 + delta if expert in g else 1 - delta for g in groups]
+            factor = own[task] if 0 <= task < len(groups) else 1
+            z.append(factor * sum(float(row[expert]) for row in sample))
+    mean = sum(z) / len(z)
+    return sum((x - mean) ** 2 for x in z) / (len(z) - 1) / (mean**2 + 1e-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.int64])
+@pytest.mark.parametrize("groups", [None, [[0], [1, 3]], [[2], [0], [1]]], ids=str)
+@pytest.mark.parametrize("delta", [0.1, -0.4])
+def test_balance_in_groups_is_that_of_the_numbers(groups, delta, dtype):
+    loss = losses.LocalizedBalanceLoss(2.0, groups=groups, delta=delta)
+    router, x = tr.SoftRouter(6, 4, losses=[loss]).double(), torch.randn(3, 5, 6).double()
+    torch.nn.init.normal_(router.weight)
+    tasks = torch.tensor([1, 0, 9], dtype=dtype)  # the last is of no group
+    given = router(x, task_ids=tasks)
+    p, halves = given.logits.softmax(-1), [[2, 3], [0, 1]]
+    expected = by_numbers(p, tasks.tolist(), groups or halves, delta)
+    assert given.losses["localized_balance"].item() == pytest.approx(expected, rel=1e-9)
+    given.aux_loss.backward()
+    assert router.weight.grad.any()
+
+
+def test_balance_in_groups_is_of_real_tokens():
+    loss = losses.LocalizedBalanceLoss(1.0)
+    router, x = tr.SoftRouter(6, 4, losses=[loss]).double(), torch.randn(3, 5, 6).double()
+    torch.nn.init.normal_(router.weight)
+    tasks, mask = torch.tensor([1, 0, 1]), torch.ones(3, 5, dtype=torch.bool)
+    mask[0, 3:], mask[2] = False, False  # a sample has no token at all
+    x[~mask] = torch.nan
+    given = router(x, task_ids=tasks, valid_mask=mask)
+    p = given.logits.softmax(-1)
+    z = torch.stack([p[0, :3].sum(0), p[1].sum(0)])
+    z = z * torch.tensor([[1.1, 1.1, 0.9, 0.9], [0.9, 0.9, 1.1, 1.1]]).double()
+    expected = z.var() / (z.mean() ** 2 + 1e-10)
+    assert_close(given.losses["localized_balance"], expected.detach())
+    nothing = router(x, task_ids=tasks, valid_mask=torch.zeros_like(mask))
+    assert nothing.losses["localized_balance"] == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"delta": 1.0}, "expected delta in (-1, 1), got 1.0"),
+        ({"groups": [[0, 4]]}, "expected groups of experts in [0, 4), got [4]"),
+    ],
+)
+def test_groups_that_do_not_fit_are_refused(options, message):
+    with pytest.raises(ValueError, match=re.escape(f"LocalizedBalanceLoss: {message}")):
+        tr.SoftRouter(6, 4, losses=[losses.LocalizedBalanceLoss(1.0, **options)])
+
+
+def test_halves_need_an_even_number_of_experts_and_labels():
+    with pytest.raises(
+        ValueError, match=r"LocalizedBalanceLoss: expected groups for an odd number"
+    ):
+        tr.SoftRouter(6, 5, losses=[losses.LocalizedBalanceLoss(1.0)])
+    with pytest.raises(ValueError, match=r"LocalizedBalanceLoss: expected task_ids, got none"):
+        tr.SoftRouter(6, 4, losses=[losses.LocalizedBalanceLoss(1.0)])(torch.randn(2, 3, 6))

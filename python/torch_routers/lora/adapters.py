@@ -20,7 +20,6 @@ from torch_routers.lora.matching import InjectionReport, linear_features
 from torch_routers.lora.prototypes import arrow_prototypes
 from torch_routers.lora.storage import base_model_name
 from torch_routers.registry import check_choice
-from torch_routers.routers import PrototypeRouter
 
 
 def from_adapters(
@@ -77,6 +76,7 @@ def from_adapters(
     _subtract_mean(read, [read_adapter(folder) for folder in general])
     if router is None:
         router = "PrototypeRouter" if init in ("arrow", "gates") else "TopKRouter"
+    _check_init(init, router, options.get("router_scope", "module"), read)
     names = [
         name
         for name, _ in model.named_modules()
@@ -135,21 +135,36 @@ def _subtract_mean(read: dict[str, PeftAdapter], general: list[PeftAdapter]) -> 
             )
 
 
+def _check_init(init: str, router: str, router_scope: str, read: Mapping[str, PeftAdapter]) -> None:
+    """What fails comes before the model is changed."""
+    if init not in ("arrow", "gates"):
+        return
+    if router != "PrototypeRouter" or router_scope != "module":
+        raise ValueError(
+            "from_adapters: expected router='PrototypeRouter' and router_scope='module' with "
+            f"init={init!r}, got {router!r} and {router_scope!r}"
+        )
+    for adapter in read.values() if init == "gates" else ():
+        for name, factors in adapter.layers.items():
+            gate = adapter.gates.get(_gate_of(name))
+            if gate is None or gate.shape != (1, factors.A.shape[1]):
+                raise ValueError(
+                    f'from_adapters: expected a gate of {name} for init="gates", got '
+                    f"{None if gate is None else list(gate.shape)} in {adapter.folder}"
+                )
+
+
 def _set_gates(
     layer: RoutedLoraLinear, name: str, mix: str, read: Mapping[str, PeftAdapter]
 ) -> None:
     """The prototypes of a layer: the gates that were trained there, each with its expert."""
-    router = layer.scope(mix).router
     for e, adapter in enumerate(read.values()):
-        gate = adapter.gates.get(f"{name}.routed_gate.weight")
-        if name not in adapter.layers:
-            continue  # of rank 0 here
-        if not isinstance(router, PrototypeRouter) or gate is None or gate.shape[0] != 1:
-            raise ValueError(
-                "from_adapters: expected a PrototypeRouter and adapters with gates for "
-                f'init="gates", got {type(router).__name__} and none of {name} in {adapter.folder}'
-            )
-        router.prototypes[e] = gate[0]
+        if name in adapter.layers:  # else of rank 0 here
+            layer.scope(mix).router.prototypes[e] = adapter.gates[_gate_of(name)][0]
+
+
+def _gate_of(name: str) -> str:
+    return f"{name}.routed_gate.weight"
 
 
 def exact_targets(model: nn.Module, names: list[str]) -> list[str] | str:

@@ -262,8 +262,8 @@ class RoutedLoraConfig:
         count, arguments = self.num_experts, self.router_arguments
         if count is None:
             of_experts = self.ranks if self.expert_names is None else self.expert_names
-            count = len(of_experts) if of_experts is not None else None
-            count = max(self.experts_per_layer or [4]) if count is None else count
+            default = max(self.experts_per_layer or [4])
+            count = default if of_experts is None else len(of_experts)
         if arguments is None:
             arguments = {"top_k": min(2, count)} if self.router == "TopKRouter" else {}
         arguments = as_dict("router_arguments", arguments)

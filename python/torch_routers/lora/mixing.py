@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from torch_routers import ops
-from torch_routers._autograd import autocast_dtype
 from torch_routers.routing import Routing
 
 
@@ -38,14 +37,17 @@ def add_products(x: Tensor, factors: Factors, routing: Routing, dense_gradient: 
     )
 
 
-def add_of_shared_a(x: Tensor, factors: Factors, routing: Routing, _: bool) -> Tensor:
-    r""":math:`\sum_e w_e c_e B_e A x`, where :math:`A x` is computed once."""
-    (a,), x = factors.A, _as_autocast(x)
+def add_of_one_expert(x: Tensor, factors: Factors, routing: Routing, _: bool) -> Tensor:
+    """The same for pairs of a token and a slot, whose weights the scope multiplies by itself."""
+    return add_products(x, factors, routing, False)
+
+
+def add_of_shared_a(x: Tensor, factors: Factors, routing: Routing, dense_gradient: bool) -> Tensor:
+    r""":math:`\sum_e w_e c_e B_e (A x)`, where :math:`A x`, of few numbers, is computed once."""
+    (a,) = factors.A
+    same = [torch.eye(len(a), dtype=a.dtype, device=a.device)] * len(factors.B)
     u = F.linear(x, a.to(x.dtype))
-    weights = routing.of_experts(len(factors.B))
-    gates = weights * weights.new_tensor(factors.scaling)
-    gated = u.to(gates.dtype).unsqueeze(-2) * gates.unsqueeze(-1)
-    return F.linear(gated.flatten(-2).to(x.dtype), torch.cat([*factors.B], 1).to(x.dtype))
+    return add_products(u, factors._replace(A=same), routing, dense_gradient)
 
 
 def add_of_mixed_factors(x: Tensor, factors: Factors, routing: Routing, _: bool) -> Tensor:
@@ -54,7 +56,6 @@ def add_of_mixed_factors(x: Tensor, factors: Factors, routing: Routing, _: bool)
     With :math:`n` times as many weights as experts, features are split in :math:`n` parts, which
     are mixed by weights of their own.
     """
-    x = _as_autocast(x)
     a, b = torch.stack([*factors.A]), torch.stack([*factors.B])
     experts, rank, leading = len(a), a.shape[1], routing.weights.shape[:-1]
     weights = routing.weights.reshape(leading.numel(), -1, experts).transpose(0, 1).to(a.dtype)
@@ -69,7 +70,7 @@ def add_of_mixed_factors(x: Tensor, factors: Factors, routing: Routing, _: bool)
 
 def add_ranks(x: Tensor, factors: Factors, routing: Routing, _: bool) -> Tensor:
     r""":math:`c \sum_{j \in \mathrm{top}} b_j (A x)_j`; the router has :math:`A x` already."""
-    (b,), x = factors.B, _as_autocast(x)
+    (b,) = factors.B
     u = torch.where(routing.of_experts(b.shape[1]) != 0, routing.logits, 0) * factors.scaling[0]
     return F.linear(u.to(x.dtype), b.to(x.dtype))
 
@@ -79,11 +80,5 @@ MIXES: dict[str, Callable[[Tensor, Factors, Routing, bool], Tensor]] = {
     "shared_a": add_of_shared_a,
     "factors": add_of_mixed_factors,
     "ranks": add_ranks,
-    "block": add_products,  # of one expert per pair of a token and a slot: see RoutingScope
+    "block": add_of_one_expert,
 }
-
-
-def _as_autocast(x: Tensor) -> Tensor:
-    """In the dtype of the products, as `ops.lora_mix` has it."""
-    dtype = autocast_dtype(x)
-    return x if dtype is None or x.dtype == torch.float64 else x.to(dtype)

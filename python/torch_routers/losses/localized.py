@@ -36,7 +36,7 @@ def localized_balance(
 
     Args:
         logits: ``[samples, ..., num_experts]``.
-        task_ids: ``[samples, ...]`` int64, the group of each token. Other numbers are of no group.
+        task_ids: ``[samples, ...]`` integers, the group of each token; other numbers are of none.
         groups: for each task, the numbers of its experts.
         delta: :math:`\delta`, in (-1, 1).
         valid_mask: ``[samples, ...]`` bool, True = real token; samples without any are left out.
@@ -55,7 +55,8 @@ def localized_balance(
     for task, experts in enumerate(groups):
         table[task] = 1 - delta
         table[task, list(experts)] = 1 + delta
-    tasks = torch.where((task_ids >= 0) & (task_ids < len(groups)), task_ids, len(groups))
+    known = (task_ids >= 0) & (task_ids < len(groups))
+    tasks = torch.where(known, task_ids.long(), len(groups))
     p = torch.where(live.unsqueeze(-1), log_p.exp(), 0) * table[tasks]
     z = p.flatten(1, -2).sum(1) if p.dim() > 2 else p
     counted = (live.flatten(1).any(1) if live.dim() > 1 else live).unsqueeze(-1).expand_as(z)

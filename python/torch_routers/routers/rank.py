@@ -19,8 +19,7 @@ class RankRouter(Router):
     The projection :math:`A` is sparse, random and never trained: it is the factor A of a LoRA and
     the router at once, and each of its rows is an expert. :math:`d` is the ``expert_bias``, a
     buffer which `BalanceController` moves by 1e-3 per optimiser step; it takes part in the choice
-    alone.
-    The authors' code (gfyddha/FlyLoRA) moves it in each forward, that of recomputation too.
+    alone. The authors' code (gfyddha/FlyLoRA) moves it in each forward, recomputation included.
 
     Args:
         hidden_size: size of the last dimension of the input.
