@@ -272,30 +272,87 @@ def test_compiles_whole_with_and_without_gradients(way):
     assert_close(actual, of_eager)
 
 
-# ---- one token of a generation -------------------------------------------------------------------
+# ---- where nothing is learned --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("ranks", [RANKS, [2] * 5])
-@pytest.mark.parametrize("experts", [[0, 3], [3, -1], [-1, 2], [-1, -1], [1, 1]])
-@pytest.mark.parametrize("scaling", [None, (1.0, 2.0, 3.0, 4.0, 5.0)])
-def test_a_single_token_without_gradients_is_as_any_other(dtype, ranks, experts, scaling):
-    x, a, b, weights, _ = problem(dtype, ranks, tokens=1)
-    weights, indices = weights.float(), torch.tensor([experts])
-    expected = lora_mix(x, a, b, weights, indices, scaling=scaling)
+@pytest.mark.parametrize("dtype", [F64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("ranks", [RANKS, [2] * 5, [16] * 5])
+@pytest.mark.parametrize("tokens", [1, TOKENS, 1030])
+@pytest.mark.parametrize("dense", [False, True])
+def test_without_gradients_the_result_is_the_same(dtype, ranks, tokens, dense):
+    """In one call, of many tokens in several parts; with parameters in another dtype too."""
+    x, _, _, weights, indices = problem(dtype, tokens=tokens)
+    _, a, b, *_ = problem(torch.float32, ranks)
+    scaling = (1.0, 2.0, 3.0, 4.0, 5.0)
+    routing = weights.double() if dtype == F64 else weights.float(), indices
+    if dense:
+        routing = of_all_experts(*routing), None
+    expected = lora_mix(x, a, b, *routing, scaling=scaling, strategy="segmented").detach()
     with torch.no_grad():
-        y = lora_mix(x, a, b, weights, indices, scaling=scaling)
-        of_sample = lora_mix(x[None], a, b, weights[None], indices[None], scaling=scaling)
-    assert y.dtype == dtype and torch.equal(y, of_sample[0])
-    tolerance = {"atol": 0.05, "rtol": 0.05} if dtype == torch.bfloat16 else {}
-    assert_close(y, expected.detach(), **tolerance)
+        y = lora_mix(x, a, b, *routing, scaling=scaling)
+        folded = [None if v is None else v.unflatten(0, (1, -1, 1)) for v in (x, *routing)]
+        of_samples = lora_mix(folded[0], a, b, *folded[1:], scaling=scaling)
+    assert y.dtype == dtype and torch.equal(y, of_samples.flatten(0, 2))
+    tolerance = {torch.bfloat16: 2e-2, torch.float16: 2e-3}.get(
+        dtype, 1e-5 if dtype != F64 else 1e-7
+    )
+    assert_close(y, expected, atol=tolerance * expected.abs().max(), rtol=0)
 
 
 @torch.no_grad()
-def test_a_single_token_does_not_see_what_it_did_not_select():
+def test_without_gradients_a_token_does_not_depend_on_the_others():
+    """However many they are, and how threads share the work."""
+    x, a, b, weights, indices = problem(torch.float32, [16, 0, 12, 8, 3], tokens=600)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        y = lora_mix(x, a, b, weights, indices)
+        alone = [
+            lora_mix(x[t : t + 1], a, b, weights[t : t + 1], indices[t : t + 1]) for t in (0, 599)
+        ]
+        torch.set_num_threads(3)
+        assert torch.equal(lora_mix(x, a, b, weights, indices), y)
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(torch.cat(alone), y[[0, 599]])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_without_gradients_what_was_not_selected_is_not_seen(bad):
+    x, a, b, weights, indices = problem()
+    expected = lora_mix(x, a, b, weights, indices)
+    a[2].fill_(bad)
+    b[4].fill_(bad)
+    x[3] = bad  # has no expert
+    assert_close(lora_mix(x, a, b, weights, indices), expected)
+
+
+@torch.no_grad()
+def test_without_gradients_factors_may_lie_anywhere():
+    x, a, b, weights, indices = problem(ranks=[4] * 5)
+    expected = lora_mix(x, a, b, weights, indices)
+    a, b = [v.T.contiguous().T for v in a], list(torch.cat(b, 1).split(4, 1))
+    wide = torch.stack([x, x], -1)[..., 0]
+    assert_close(lora_mix(wide, a, b, weights, indices.T.contiguous().T), expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("wrong", [5, -2])
+def test_without_gradients_indices_are_looked_at(wrong):
     x, a, b, weights, _ = problem(tokens=1)
-    b[2].fill_(torch.nan)
-    assert lora_mix(x, a, b, weights, torch.tensor([[0, 3]])).isfinite().all()
-    for wrong in 5, -2:
-        with pytest.raises(ValueError, match=rf"lora_mix: expected indices in .*, got {wrong}"):
-            lora_mix(x, a, b, weights, torch.tensor([[0, wrong]]))
+    with pytest.raises(ValueError, match=rf"lora_mix: expected indices in .*, got {wrong}"):
+        lora_mix(x, a, b, weights, torch.tensor([[0, wrong]]))
+
+
+def test_the_operator_has_derivatives_of_its_own():
+    """For who calls it directly."""
+    x, a, b, weights, indices = problem(ranks=[2, 1], tokens=4)
+    indices = indices.clamp(max=1)
+
+    def call(x, weights, *factors):
+        op = torch.ops.torch_routers._lora_infer
+        return op(x, factors[:2], factors[2:], weights, indices, [0.5, 2.0])
+
+    assert torch.autograd.gradcheck(call, (x, weights, *a, *b))
+    assert torch.autograd.gradgradcheck(call, (x, weights, *a, *b))

@@ -289,6 +289,10 @@ def spoiled_arguments(args):
     for i, x in enumerate(args):
         if isinstance(x, torch.Tensor):
             changes = (*spoiled(x.detach()), None)
+        elif isinstance(x, list) and isinstance(x[0], torch.Tensor):
+            changes = ([], x[:-1], *([first, *x[1:]] for first in spoiled(x[0].detach())))
+        elif isinstance(x, list):
+            changes = ([], x[:-1])
         elif isinstance(x, str):
             changes = ("no such", None)
         elif isinstance(x, int) and not isinstance(x, bool):

@@ -111,6 +111,23 @@ template <class C, int half> static inline Vector<C> halves(Vector<C> a, Vector<
 #endif
 }
 
+// The numbers in even places of `count` blocks side by side, and then those in odd ones. Done n times,
+// it makes columns of rows of 2^n numbers.
+template <int count, class C> static inline void unzip(Block<C>* blocks) {
+  constexpr int kHalf = count / 2;
+  Block<C> from[count];
+#pragma GCC unroll 16
+  for (int i = 0; i < count; ++i) from[i] = blocks[i];
+#pragma GCC unroll 16
+  for (int i = 0; i < count; ++i)
+#pragma GCC unroll 4
+    for (int p = 0; p < kParts; ++p) {
+      const int a = 2 * (i % kHalf * kParts + p), b = a + 1;
+      blocks[i].part[p] = halves<C, 1>(from[a / kParts].part[a % kParts],
+                                       from[b / kParts].part[b % kParts], i >= kHalf);
+    }
+}
+
 // The sums over the lanes of `count` vectors, side by side; the lanes are added as a tree.
 template <int count, int half, class C> static inline void sum_lanes(Vector<C>* v) {
   if constexpr (half > 0) {

@@ -31,18 +31,33 @@ inline void pack(int64_t rows, int64_t columns, const Row& row, Compute<T>* pack
   }
 }
 
-// z[r][j] for the `count` rows from r on, which are of expert e.
+// Calls visit(e, r, count) for pieces of the rows [begin, end), each of one expert, and with as many
+// rows as stay in the cache. Returns the first row that is no expert's.
+template <class Params, class Visit>
+int64_t for_each_piece(const Params& p, int64_t row_bytes, int64_t begin, int64_t end,
+                       const Visit& visit) {
+  const int64_t* past = std::upper_bound(p.offsets, p.offsets + p.experts + 1, begin);
+  const int64_t block = std::max<int64_t>(kRowBytes / std::max<int64_t>(1, row_bytes), kTileRows);
+  int64_t r = begin;
+  for (int64_t e = past - p.offsets - 1; e < p.experts && r < end; ++e)
+    for (const int64_t last = std::min(end, p.offsets[e + 1]); r < last;) {
+      const int64_t count = std::min(block, last - r);
+      visit(e, r, count);
+      r += count;
+    }
+  return r;
+}
+
+// z[i][j] = <weight[j], x[tokens[i]]> for `count` rows and `rank` columns; 0 in those up to `stride`.
 template <class T>
-void shrink_rows(const LoraShrink<T>& p, const int64_t* tokens, int64_t e, int64_t r,
-                 int64_t count) {
-  const int64_t rank = p.ranks[e + 1] - p.ranks[e];
-  const T* weight = p.weight + p.ranks[e] * p.features;
+void shrink_rows(const T* x, int64_t features, const int64_t* tokens, int64_t count,
+                 const T* weight, int64_t rank, T* z, int64_t stride) {
   const auto column = [&]<int columns>(int64_t j) {
     const auto tile = [&]<int tile_rows>(int64_t i) {
       const T* rows[tile_rows];
-      for (int n = 0; n < tile_rows; ++n) rows[n] = p.x + tokens[r + i + n] * p.features;
-      dot_tile<tile_rows, columns, T>(rows, weight + j * p.features, p.features, p.features,
-                                      nullptr, p.z + (r + i) * p.max_rank + j, p.max_rank);
+      for (int n = 0; n < tile_rows; ++n) rows[n] = x + tokens[i + n] * features;
+      dot_tile<tile_rows, columns, T>(rows, weight + j * features, features, features, nullptr,
+                                      z + i * stride + j, stride);
     };
     int64_t i = 0;
     for (; i + kTileRows <= count; i += kTileRows) tile.template operator()<kTileRows>(i);
@@ -53,8 +68,7 @@ void shrink_rows(const LoraShrink<T>& p, const int64_t* tokens, int64_t e, int64
   int64_t j = 0;
   for (; j + kTileColumns <= rank; j += kTileColumns) column.template operator()<kTileColumns>(j);
   for (; j < rank; ++j) column.template operator()<1>(j);
-  for (int64_t i = r; i < r + count; ++i)
-    std::fill(p.z + i * p.max_rank + rank, p.z + (i + 1) * p.max_rank, T{});
+  for (int64_t i = 0; i < count; ++i) std::fill(z + i * stride + rank, z + (i + 1) * stride, T{});
 }
 
 // y[t] for the `columns` features from f on, at most `blocks` blocks. `weight`: those columns of the
@@ -145,21 +159,59 @@ void outer_columns(const LoraOuter<T>& p, const int64_t* tokens, int64_t e, int6
       store(p.result + (p.ranks[e] + j + i) * p.features + f + c, total[i * kWide + c]);
 }
 
+// sums[t] += sum_j z[r][j] b[f:f + features][j] for the rows r of expert e, of token t, and `count` j
+// from `first` on. The features are at most a block.
+template <int count, class T>
+void add_columns(const LoraInfer<T>& p, int64_t e, int64_t first, int64_t f, int64_t features,
+                 Compute<T>* sums) {
+  constexpr int kSize = kBlockSize<T>;
+  const int64_t rank = p.ranks[e];
+  const T *from = p.b[e] + f * rank + first, *end = p.b[e] + p.features * rank;
+  Block<Compute<T>> columns[kSize];
+  if (features == kSize && count == rank) {  // rows are side by side
+#pragma GCC unroll 16
+    for (int i = 0; i < count; ++i) columns[i] = load_block(from + i * kSize);
+    for (int n = 1; n < count; n *= 2) unzip<count>(columns);
+  } else {
+    for (int i = 0; i < kSize;
+         ++i, from += rank) {  // with what is behind: columns that nobody reads
+      const int64_t size = i < features ? std::min<int64_t>(kSize, end - from) : 0;
+      columns[i] = size == kSize ? load_block(from) : load_block(from, size);
+    }
+    for (int n = 1; n < kSize; n *= 2) unzip<kSize>(columns);
+  }
+  for (int64_t r = p.offsets[e]; r < p.offsets[e + 1]; ++r) {
+    const T* z = p.z + r * p.max_rank + first;
+    Compute<T>* to = sums + p.token_of[r] * p.kWide;
+    Block<Compute<T>> sum = load_block(to);
+#pragma GCC unroll 16
+    for (int j = 0; j < count; ++j)
+#pragma GCC unroll 4
+      for (int q = 0; q < kParts; ++q) sum.part[q] += load(z[j]) * columns[j].part[q];
+    store_block(to, sum);
+  }
+}
+
+template <class T>
+void add_block(const LoraInfer<T>& p, int64_t e, int64_t f, int64_t features, Compute<T>* sums) {
+  constexpr int kSize = kBlockSize<T>;
+  const int64_t rank = p.ranks[e];
+  int64_t j = 0;
+  for (; j + kSize <= rank; j += kSize) add_columns<kSize>(p, e, j, f, features, sums);
+  for (; kSize > 8 && j + 8 <= rank; j += 8) add_columns<8>(p, e, j, f, features, sums);
+  for (; j + 4 <= rank; j += 4) add_columns<4>(p, e, j, f, features, sums);
+  for (; j < rank; ++j) add_columns<1>(p, e, j, f, features, sums);
+}
+
 }  // namespace
 
 template <class T>
 void lora_mix(const LoraShrink<T>& p, const int64_t* tokens, int64_t begin, int64_t end) {
-  const int64_t* past = std::upper_bound(p.offsets, p.offsets + p.experts + 1, begin);
-  const int64_t fit =
-      kRowBytes / (static_cast<int64_t>(sizeof(T)) * std::max<int64_t>(1, p.features));
-  const int64_t block = std::max<int64_t>(fit, kTileRows);
-  int64_t r = begin;
-  for (int64_t e = past - p.offsets - 1; e < p.experts && r < end; ++e)
-    for (const int64_t last = std::min(end, p.offsets[e + 1]); r < last;) {
-      const int64_t count = std::min(block, last - r);
-      shrink_rows(p, tokens, e, r, count);
-      r += count;
-    }
+  const auto piece = [&](int64_t e, int64_t r, int64_t count) {
+    shrink_rows(p.x, p.features, tokens + r, count, p.weight + p.ranks[e] * p.features,
+                p.ranks[e + 1] - p.ranks[e], p.z + r * p.max_rank, p.max_rank);
+  };
+  const int64_t r = for_each_piece(p, p.features * sizeof(T), begin, end, piece);
   if (r < end) std::fill(p.z + r * p.max_rank, p.z + end * p.max_rank, T{});
 }
 
@@ -202,7 +254,45 @@ void lora_mix(const LoraOuter<T>& p, const int64_t* tokens, int64_t begin, int64
                       std::min(kWide, end - f));
 }
 
-#define TORCH_ROUTERS_INSTANTIATE(T)                                                 \
+template <class T> void lora_infer_z(const LoraInfer<T>& p, int64_t begin, int64_t end) {
+  using C = Compute<T>;
+  for_each_piece(
+      p, p.in_features * sizeof(T), begin, end, [&](int64_t e, int64_t r, int64_t count) {
+        T* z = p.z + r * p.max_rank;
+        shrink_rows(p.x, p.in_features, p.token_of + r, count, p.a[e], p.ranks[e], z, p.max_rank);
+        for (int64_t i = r; i < r + count; ++i) {
+          const C gate = p.gates[p.slot_of[i]] * (p.scaling ? p.scaling[e] : C{1});
+          for (int64_t j = 0; j < p.max_rank; ++j, ++z) store(z, load(*z) * gate);
+        }
+      });
+}
+
+template <class T>
+void lora_infer_y(const LoraInfer<T>& p, Compute<T>* sums, int64_t begin, int64_t end) {
+  constexpr int64_t kSize = kBlockSize<T>;
+  // A block that crosses a line of the cache takes twice as long.
+  while (reinterpret_cast<std::uintptr_t>(sums) % kBlockBytes != 0) ++sums;
+  for (; begin < end; begin += p.kWide) {
+    const int64_t width = std::min(p.kWide, end - begin);
+    std::fill(sums, sums + p.tokens * p.kWide, Compute<T>{});
+    for (int64_t e = 0; e < p.experts; ++e)
+      for (int64_t f = 0; p.offsets[e] < p.offsets[e + 1] && f < width; f += kSize)
+        add_block(p, e, begin + f, std::min(kSize, width - f), sums + f);
+    T* y = p.y + begin;
+    for (int64_t t = 0; t < p.tokens; ++t, y += p.features)
+      for (int64_t f = 0; f < width; f += kSize) {
+        const auto block = load_block(sums + t * p.kWide + f);
+        if (f + kSize <= width)
+          store_block(y + f, block);
+        else
+          store_block(y + f, block, width - f);
+      }
+  }
+}
+
+#define TORCH_ROUTERS_INSTANTIATE(T)                                              \
+  template void lora_infer_z(const LoraInfer<T>&, int64_t, int64_t);              \
+  template void lora_infer_y(const LoraInfer<T>&, Compute<T>*, int64_t, int64_t); \
   template void lora_mix(const LoraShrink<T>&, const int64_t*, int64_t, int64_t); \
   template void lora_mix(const LoraExpand<T>&, const int64_t*, int64_t, int64_t); \
   template void lora_mix(const LoraOuter<T>&, const int64_t*, int64_t, int64_t);

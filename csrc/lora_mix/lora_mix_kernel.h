@@ -47,6 +47,31 @@ template <class T> struct LoraOuter : LoraRows {
   T* result;   // [ranks[experts], features]; 0 for an expert without rows
 };
 
+// The whole mixture where nothing is learned: every factor is read where it lies, and stacked nowhere.
+// Rows are the selected slots, by expert and then by number. For row r, of token t and expert e:
+//
+//   z[r][j] = gates[slot of r] scaling[e] <a[e][j], x[t]>        rounded to T before the gate and after
+//   y[t]    = sum over the rows r of t, j   z[r][j] b[e][:][j]   a running sum, by e, then by j
+//
+template <class T> struct LoraInfer {
+  std::int64_t tokens, experts, in_features, features, max_rank;
+  const std::int64_t* offsets;   // [experts + 1]: the rows of each expert
+  const std::int64_t* ranks;     // [experts]; at most max_rank of those with rows
+  const std::int64_t* token_of;  // [rows]
+  const std::int64_t* slot_of;   // [rows]
+  const T* x;                    // [tokens, in_features]
+  const T* const* a;             // [experts]: [rank, in_features]; not looked at without rows
+  const T* const* b;             // [experts]: [features, rank]; likewise
+  const Compute<T>* gates;       // [slots of all tokens]
+  const Compute<T>* scaling;     // [experts]; null: ones
+  T* z;                          // scratch, [rows, max_rank]
+  T* y;                          // [tokens, features]; 0 for a token without rows
+
+  // What a thread needs for its features, of which it takes kWide at a time.
+  static constexpr std::int64_t kWide = 64;
+  constexpr std::int64_t scratch_size() const { return tokens * kWide + 16; }
+};
+
 // On the calling thread: the rows, the tokens and the features [begin, end). The token and the expert
 // of each row are given, [rows]; those of rows behind the last expert's are not looked at.
 TORCH_ROUTERS_FOR_EACH_ISA(
@@ -59,6 +84,12 @@ TORCH_ROUTERS_FOR_EACH_ISA(
   template <class T>
   void lora_mix(const LoraOuter<T>&, const std::int64_t* tokens, std::int64_t begin,
                 std::int64_t end);
+  // The two steps of LoraInfer: rows of z; then features of y, with scratch [scratch_size()].
+  template <class T>
+  void lora_infer_z(const LoraInfer<T>&, std::int64_t begin, std::int64_t end);
+  template <class T>
+  void lora_infer_y(const LoraInfer<T>&, Compute<T>* scratch, std::int64_t begin,
+                    std::int64_t end);
 )
 
 template <class Params>

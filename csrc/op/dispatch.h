@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <vector>
 
 #include "common/scalar.h"
 #include "op/check.h"
@@ -90,22 +91,23 @@ template <class T> T* mutable_data(const OptionalTensor& tensor) {
 
 // An uninitialised tensor where `like` is, contiguous; in its dtype by default. (torch::stable::new_empty goes through the
 // dispatcher twice, which costs more than a small kernel.)
-inline Tensor allocate(const Tensor& like, std::initializer_list<std::int64_t> sizes,
+inline Tensor allocate(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes,
                        std::optional<ScalarType> dtype = std::nullopt) {
-  std::int64_t strides[8], step = 1;
+  std::vector<std::int64_t> strides(sizes.size());
+  std::int64_t step = 1;
   for (std::size_t d = sizes.size(); d-- > 0;) {
     strides[d] = step;
-    step *= std::max<std::int64_t>(1, sizes.begin()[d]);
+    step *= std::max<std::int64_t>(1, sizes[d]);
   }
   std::int32_t device = 0, index = 0;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &index));
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(static_cast<std::int64_t>(sizes.size()), sizes.begin(), strides,
-                               torch::stable::detail::to<std::int32_t>(
-                                   torch::stable::detail::from(dtype.value_or(like.scalar_type()))),
-                               device, index, &handle));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      static_cast<std::int64_t>(sizes.size()), sizes.data(), strides.data(),
+      torch::stable::detail::to<std::int32_t>(
+          torch::stable::detail::from(dtype.value_or(like.scalar_type()))),
+      device, index, &handle));
   return Tensor(handle);
 }
 

@@ -215,5 +215,113 @@ TEST(LoraMixKernelThreads, GiveTheSameBits) {
   }
 }
 
+// ---- the whole mixture, every factor where it lies ----
+
+// The rows of `Problem`, and factors in memory of their own; those of experts without rows are null.
+template <class T> struct Inference {
+  const Problem<T> rows;
+  int64_t features;
+  std::vector<std::vector<T>> a, b;
+  std::vector<const T*> a_places, b_places;
+  std::vector<Compute<T>> gates, scaling;
+
+  Inference(int64_t tokens, int64_t slots, int64_t in_features, int64_t features,
+            const std::vector<int64_t>& rank, bool scaled)
+      : rows(tokens, slots, in_features, rank), features(features) {
+    for (int64_t e = 0; e < rows.experts(); ++e) {
+      a.push_back(random_numbers<T>(rank[e] * in_features, 10 + e));
+      b.push_back(random_numbers<T>(rank[e] * features, 50 + e));
+      const bool has_rows = rows.offsets[e] < rows.offsets[e + 1];
+      a_places.push_back(has_rows ? a[e].data() : nullptr);
+      b_places.push_back(has_rows ? b[e].data() : nullptr);
+      if (scaled) scaling.push_back(Compute<T>(0.5 + double(e)));
+    }
+    gates = random_numbers<Compute<T>>(tokens * slots, 4);
+  }
+
+  std::vector<T> run(Isa isa, int64_t step = 1 << 20, int threads = 1) const {
+    std::vector<T> z(rows.live() * rows.max_rank, number<T>(7));
+    std::vector<T> y(rows.tokens * features, number<T>(7));
+    const LoraInfer<T> params{rows.tokens,       rows.experts(),
+                              rows.features,     features,
+                              rows.max_rank,     rows.offsets.data(),
+                              rows.rank.data(),  rows.token_of_row.data(),
+                              rows.order.data(), rows.x.data(),
+                              a_places.data(),   b_places.data(),
+                              gates.data(),      scaling.empty() ? nullptr : scaling.data(),
+                              z.data(),          y.data()};
+    const auto in_steps = [&](int64_t count, const auto& work) {
+      run_on_threads(threads, count, [&](int64_t begin, int64_t end) {
+        for (; begin < end; begin += step) work(begin, std::min(begin + step, end));
+      });
+    };
+    in_steps(rows.live(), [&](int64_t begin, int64_t end) {
+      TORCH_ROUTERS_PICK_ISA(isa, lora_infer_z(params, begin, end));
+    });
+    in_steps(features, [&](int64_t begin, int64_t end) {
+      std::vector<Compute<T>> scratch(params.scratch_size(), std::nan(""));
+      TORCH_ROUTERS_PICK_ISA(isa, lora_infer_y(params, scratch.data(), begin, end));
+    });
+    return y;
+  }
+};
+
+// Ranks that fill a part of a block or several, one for all or several, and others.
+template <class T, class Check> void for_each_inference(const Check& check) {
+  for (const std::vector<int64_t>& rank :
+       {std::vector<int64_t>{1, 1}, {2, 2}, {4, 4}, {8, 8}, {16, 16}, {5, 5}, {32, 16, 0, 7, 21}})
+    for (const int64_t features : {1, 15, 16, 63, 64, 131})
+      check(Inference<T>(9, 3, 19, features, rank, features % 2 == 1));
+  check(Inference<T>(40, 3, 67, 80, {16, 12, 16}, true));
+  check(Inference<T>(3, 0, 5, 6, {2, 1}, false));
+  check(Inference<T>(0, 2, 5, 6, {2, 1}, false));
+  check(Inference<T>(4, 2, 0, 6, {2, 1}, false));
+  check(Inference<T>(4, 2, 5, 0, {2, 1}, false));
+  check(Inference<T>(4, 2, 5, 6, {0, 0}, false));
+}
+
+TYPED_TEST(LoraMixKernel, InfersTheLoops) {
+  using T = TypeParam;
+  for_each_inference<T>([](const Inference<T>& q) {
+    const auto y = q.run(isa());
+    for (int64_t t = 0; t < q.rows.tokens; ++t)
+      for (int64_t f = 0; f < q.features; ++f) {
+        double sum = 0, size = 0;
+        int64_t terms = 0;
+        for (int64_t s = 0; s < q.rows.slots; ++s) {
+          const int64_t slot = t * q.rows.slots + s, e = q.rows.expert_of(slot);
+          for (int64_t j = 0; e >= 0 && j < q.rows.rank[e]; ++j) {
+            double z = 0, z_size = 0;
+            for (int64_t i = 0; i < q.rows.features; ++i, ++terms) {
+              const double term = double(load(q.a[e][j * q.rows.features + i])) *
+                                  double(load(q.rows.x[t * q.rows.features + i]));
+              z += term, z_size += std::abs(term);
+            }
+            const double scale =
+                double(q.gates[slot]) * (q.scaling.empty() ? 1 : double(q.scaling[e]));
+            const double b = double(load(q.b[e][f * q.rows.rank[e] + j]));
+            sum += scale * z * b, size += std::abs(scale * z_size * b);
+          }
+        }
+        const double bound = rounding<Compute<T>>() * double(terms + 8) * size +
+                             3 * rounding<T>() * size + 1e-7 * (sizeof(T) < 4);
+        ASSERT_NEAR(double(load(y[t * q.features + f])), sum, bound);
+      }
+  });
+}
+
+TYPED_TEST(LoraMixKernel, InfersTheSameBitsOnEveryInstructionSetAndForEveryShare) {
+  using T = TypeParam;
+  for_each_inference<T>([](const Inference<T>& q) {
+    const auto y = bits(q.run(Isa::Default));
+    for (const Isa candidate : {Isa::Default, Isa::Avx2, Isa::Avx512})
+      for (const int64_t step : {3, 16, 1 << 20}) {
+        if (candidate > isa()) continue;
+        ASSERT_EQ(bits(q.run(candidate, step)), y) << name(candidate) << " " << step;
+      }
+    ASSERT_EQ(bits(q.run(isa(), 1 << 20, 3)), y);
+  });
+}
+
 }  // namespace
 }  // namespace torch_routers

@@ -10,13 +10,15 @@ meets its own experts only, without a copy of it per expert; see `_lora_mix_rule
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from torch_routers._autograd import autocast_dtype, shapes_may_depend_on
 from torch_routers.ops._check import dtype_name
 from torch_routers.ops._lora_mix_rules import Segmented, Stacked, is_plain, mixture
 from torch_routers.ops.expert_plan import expert_plan, expert_plan_from_weights
+
+_infer_op = torch.ops.torch_routers._lora_infer.default
+_below_autograd = torch._C._AutoDispatchBelowAutograd
 
 _DTYPES = torch.float32, torch.float64, torch.bfloat16, torch.float16
 _STRATEGIES = "stacked", "segmented"
@@ -50,8 +52,8 @@ def lora_mix(
         scaling: :math:`c_e` for each expert: ``alpha / rank`` of LoRA. Default: ones.
         strategy: ``"stacked"`` multiplies all tokens by all experts, and keeps what was selected.
             ``"segmented"`` computes what was selected alone. None (default) is the one that was
-            measured to be faster for such sizes; a single token without gradients, as in
-            generation, is multiplied by the factors of its own experts, on the CPU.
+            measured to be faster for such sizes; on the CPU, where nothing is learned, it is most
+            often a third one, which computes what was selected in one call.
         router_grad: of which weights there is a gradient. ``"selected"``: of those that were
             selected; others get 0. ``"dense"``: of all, as if those that are 0 had been selected
             too, for routers that learn from the experts they did not choose. It needs weights of
@@ -82,65 +84,97 @@ def lora_mix(
     tensor([[11.],
             [ 3.]])
     """
-    _check_inputs(x, factors_a, factors_b, weights, indices, scaling)
     _check_options(indices, strategy, router_grad)
-    dtype = autocast_dtype(x)
-    if dtype is not None and x.dtype != torch.float64:
-        x = x.to(dtype)
+    if torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled():
+        dtype = autocast_dtype(x)
+        if dtype is not None and x.dtype != torch.float64:
+            x = x.to(dtype)
+    if strategy is None and _is_inference(x, weights, factors_a, factors_b):
+        few = 16 if x.dtype.itemsize == 2 else 256  # processors have products of 16-bit matrices
+        if weights.shape[:-1].numel() <= few or _is_sparse(weights, indices, len(factors_a)):
+            return _infer(x, factors_a, factors_b, weights, indices, scaling)
+    _check_inputs(x, factors_a, factors_b, weights, indices, scaling)
     leading = x.shape[:-1]
     if x.dim() != 2:
         x, weights = (v.reshape(leading.numel(), v.shape[-1]) for v in (x, weights))
         indices = None if indices is None else indices.reshape(weights.shape)
-    gates = weights.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+    gates = weights.to(_wide(x))
     if strategy is None:
-        if indices is not None and _is_decoded(x, gates, (*factors_a, *factors_b)):
-            y = _of_one_token(x, factors_a, factors_b, gates, indices, scaling)
-            return y if len(leading) == 1 else y.view(*leading, y.shape[-1])
-        strategy = "stacked" if router_grad == "dense" else _faster(x, weights, indices, factors_a)
+        is_sparse = router_grad != "dense" and _is_sparse(weights, indices, len(factors_a))
+        strategy = "segmented" if is_sparse else "stacked"
     mix = _segmented if strategy == "segmented" else _stacked
     y = mix(x, factors_a, factors_b, gates, indices, scaling, router_grad == "dense")
     return y if len(leading) == 1 else y.view(*leading, y.shape[-1])
 
 
+def _is_sparse(weights, indices, num_experts):
+    """Whether less than half of all tokens and experts meet, as far as that can be known."""
+    if indices is not None:
+        rows, pairs = weights.numel(), weights.shape[:-1].numel() * num_experts
+    else:
+        known = shapes_may_depend_on(weights)
+        rows, pairs = int(weights.count_nonzero()) if known else weights.numel(), weights.numel()
+    return 2 * rows <= pairs
+
+
+def _wide(x):
+    """The dtype of gates."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+# ---- where nothing is learned --------------------------------------------------------------------
+
+
+@torch.library.register_fake(_infer_op)
+def _infer_fake(x, factors_a, factors_b, weights, indices, scaling):
+    return x.new_empty(*x.shape[:-1], factors_b[0].shape[0])
+
+
+# Not for `lora_mix`, which calls it where there is nothing to learn, but for who calls it directly.
+def _setup_infer(ctx, inputs, output):
+    x, factors_a, factors_b, weights, *ctx.rest = inputs
+    ctx.save_for_backward(x, weights, *factors_a, *factors_b)
+
+
+def _infer_backward(ctx, grad):
+    with torch.enable_grad():
+        inputs = [value.view_as(value) for value in ctx.saved_tensors]
+        x, weights, *factors = inputs
+        half, (indices, scaling) = len(factors) // 2, ctx.rest
+        factors = factors[:half], factors[half:]
+        y = lora_mix(x, *factors, weights, indices, scaling=scaling, strategy="segmented")
+        wanted = [value for value in inputs if value.requires_grad]
+        found = torch.autograd.grad(y, wanted, grad, create_graph=True, materialize_grads=True)
+    rest = iter(found)
+    grad_x, grad_weights, *grads = [next(rest) if v.requires_grad else None for v in inputs]
+    return grad_x, grads[:half], grads[half:], grad_weights, None, None
+
+
+torch.library.register_autograd(_infer_op._schema.name, _infer_backward, setup_context=_setup_infer)
+
+
+def _is_inference(x, weights, factors_a, factors_b):
+    """Whether nothing is learned, and nobody wants to see how it is computed."""
+    tensors = x, weights, *factors_a, *factors_b
+    if not (x.is_cpu and is_plain(x, weights, tensors[2:])):
+        return False
+    return not (torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors))
+
+
+def _infer(x, factors_a, factors_b, weights, indices, scaling):
+    """In one call, which reads every factor where it lies."""
+    other = torch.float32 if x.dtype == torch.float64 else torch.float64
+    gates = weights.to(_wide(x)) if weights.dtype == other else weights
+    try:
+        with _below_autograd():
+            return _infer_op(x, factors_a, factors_b, gates, indices, scaling)
+    except ValueError as error:
+        # In the words of every other way, where these have some.
+        _check_inputs(x, factors_a, factors_b, weights, indices, scaling)
+        raise ValueError(str(error).replace("_lora_infer", "lora_mix", 1)) from None
+
+
 # ---- two ways ------------------------------------------------------------------------------------
-
-
-def _faster(x, weights, indices, factors_a):
-    """The way that was measured to be faster."""
-    if indices is None and not shapes_may_depend_on(weights):
-        return "stacked"  # whether most weights are 0 is not known
-    tokens, num_experts = x.shape[0], len(factors_a)
-    rows = int(weights.count_nonzero()) if indices is None else weights.numel()
-    return "segmented" if 2 * rows <= tokens * num_experts else "stacked"
-
-
-def _is_decoded(x, gates, factors):
-    """Whether it is a single token whose experts may be looked at, and nothing is to be learned."""
-    return (
-        x.shape[0] == 1
-        and x.device.type == "cpu"
-        and not (torch.is_grad_enabled() and any(v.requires_grad for v in (x, gates, *factors)))
-        and is_plain(x, gates, factors)
-        and shapes_may_depend_on(x)
-    )
-
-
-def _of_one_token(x, factors_a, factors_b, gates, indices, scaling):
-    """Its experts alone, in few operations: what a step of generation takes is their number."""
-    num_experts, experts = len(factors_a), indices[0].tolist()
-    _check_range(min(experts, default=0), max(experts, default=0), num_experts)
-    slots = [slot for slot, expert in enumerate(experts) if expert >= 0]
-    experts = [experts[slot] for slot in slots]
-    if not experts:
-        return x.new_zeros(1, factors_b[0].shape[0])
-    a = torch.cat([factors_a[expert] for expert in experts]).to(x.dtype)
-    b = torch.cat([factors_b[expert] for expert in experts], 1).to(x.dtype)
-    gate = gates[0] if len(slots) == indices.shape[1] else gates[0, slots]
-    if scaling is not None:
-        gate = gate * gate.new_tensor([scaling[expert] for expert in experts])
-    ranks = torch.tensor([factors_a[expert].shape[0] for expert in experts])
-    gate = gate.repeat_interleave(ranks, output_size=a.shape[0])
-    return F.linear((F.linear(x, a) * gate).to(x.dtype), b)
 
 
 def _segmented(x, factors_a, factors_b, gates, indices, scaling, _):

@@ -71,6 +71,11 @@ def samples():
     yield sample("every weight learns", (2,), [2, 1, 1], smooth=True, router_grad="dense",
                  weights=torch.tensor([[0.5, 0, 0], [0, 0.3, 0.7]]).double(), **scaled)  # fmt: skip
     yield sample("one token", (), [2, 1], [1, 0])
+    # In one call, where nothing requires a gradient.
+    yield sample("every rank a block", (5,), [16] * 3, top_two(5, 3), sizes=(40, 130))
+    yield sample("several rows a block", (5,), [4] * 3, top_two(5, 3), sizes=(19, 70), **scaled)
+    yield sample("ranks of all kinds", (70,), [5, 16, 0, 3, 25], top_two(70, 5), sizes=(67, 35))
+    yield sample("all experts, some weights 0", (3,), [2, 3, 1], weights=some_zeros, **scaled)
     yield sample("more dimensions", (2, 2), [2, 1], [[[1], [0]], [[0], [-1]]])
     yield sample("no tokens", (0, 2), [2, 1])
 
@@ -134,6 +139,13 @@ def overloads(sample):
     yield torch.ops.torch_routers._lora_shrink.default, (x, weight, *plan, 2)
     yield torch.ops.torch_routers._lora_expand.default, (z, weight, *plan)
     yield torch.ops.torch_routers._lora_outer.default, (z, x, *plan, 3)
+    factors = [x.new_ones(2, 5), x.new_ones(1, 5)], [x.new_ones(4, 2), x.new_ones(4, 1)]
+    weights, indices = torch.full((3, 2), 0.5), torch.tensor([[1, 0], [-1, 0], [1, -1]])
+    infer = torch.ops.torch_routers._lora_infer.default
+    if x.dtype == torch.float64:
+        weights = weights.double()
+    yield infer, (x, *factors, weights, indices, [0.5, 2.0])
+    yield infer, (x, *factors, weights, None, None)
 
 
 CASES = [
