@@ -171,7 +171,8 @@ void add_columns(const LoraInfer<T>& p, int64_t e, int64_t first, int64_t f, int
   if (features == kSize && count == rank) {  // rows are side by side
 #pragma GCC unroll 16
     for (int i = 0; i < count; ++i) columns[i] = load_block(from + i * kSize);
-    for (int n = 1; n < count; n *= 2) unzip<count>(columns);
+    if constexpr (count > 1)
+      for (int n = 1; n < count; n *= 2) unzip<count>(columns);
   } else {
     for (int i = 0; i < kSize;
          ++i, from += rank) {  // with what is behind: columns that nobody reads

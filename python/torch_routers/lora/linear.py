@@ -205,7 +205,8 @@ class RoutedLoraLinear(nn.Module):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         mix = self.active_mix
         if mix is not None and self._scopes[mix].repeats(x):  # the base is the same for all slots
-            y = self.base_layer(x[..., :1, :], *args, **kwargs)
+            # Without the dimension of slots, whose stride of 0 would make a product of each token.
+            y = self.base_layer(x[..., 0, :], *args, **kwargs).unsqueeze(-2)
         else:
             y = self.base_layer(x, *args, **kwargs)
         if mix is None:
