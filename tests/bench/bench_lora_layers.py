@@ -1,6 +1,7 @@
 """A linear layer of 1024 features with a mixture of LoRAs, against the layers of PEFT.
 
-Eight experts of rank 16, and one of rank 128; the frozen layer is part of all times.
+Eight experts of rank 16, and one of rank 128; the frozen layer is part of all times. Rows of the
+forward are without gradients.
 """
 
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from torch import nn
 
 import torch_routers as tr
 
+from .bench_moe import grad_mode
 from .harness import Options, Row, name_of
 
 HIDDEN, EXPERTS, RANK, ALPHA = 1024, 8, 16, 16
@@ -58,12 +60,12 @@ def trained(*modules: nn.Module) -> tuple[nn.Parameter, ...]:
     return tuple(found)
 
 
-def row(name, tokens, backward, inputs, ours, baselines, parameters) -> Row:
+def row(name, tokens, backward, inputs, ours, baselines, parameters, slots=EXPERTS) -> Row:
     return Row(
-        name=name_of(name, backward, EXPERTS, EXPERTS, tokens),
+        name=name_of(name, backward, EXPERTS, slots, tokens),
         inputs=inputs,
-        ours=ours,
-        baselines=baselines,
+        ours=grad_mode(ours, backward),
+        baselines={name: grad_mode(f, backward) for name, f in baselines.items()},
         backward=backward,
         parameters=parameters,
         tolerance=1e-4,

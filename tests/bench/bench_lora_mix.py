@@ -13,8 +13,8 @@ from torch_routers.ops import lora_mix
 from .harness import Options, Row, name_of
 
 HIDDEN = 1024
-#: (num_experts, top_k, rank)
-MIXTURES = [(8, 2, 16), (64, 8, 8)]
+#: (num_experts, top_k, rank); as many slots as experts: all of them, without indices
+MIXTURES = [(8, 2, 16), (64, 8, 8), (8, 8, 16)]
 
 
 def rows(options: Options) -> Iterator[Row]:
@@ -32,31 +32,36 @@ def row(experts: int, slots: int, rank: int, tokens: int, backward: bool) -> Row
     factors_a, factors_b = ([x.clone() for x in factors] for factors in (factors_a, factors_b))
 
     def inputs():
-        weights, indices = torch.rand(tokens, experts).topk(slots)
-        return torch.randn(tokens, HIDDEN), weights, indices
+        x, weights = torch.randn(tokens, HIDDEN), torch.rand(tokens, experts)
+        return (x, *weights.topk(slots)) if slots < experts else (x, weights)
 
-    def dense(weights, indices):
+    def dense(weights, indices=None):
+        if indices is None:
+            return weights
         return weights.new_zeros(tokens, experts).scatter(1, indices, weights)
 
-    def stacked(x, weights, indices):
-        gates = dense(weights, indices).repeat_interleave(rank, 1)
+    def stacked(x, *routing):
+        gates = dense(*routing).repeat_interleave(rank, 1)
         return ((x @ stacked_a.T * gates) @ stacked_b.T,)
 
-    def einsum(x, weights, indices):
+    def einsum(x, *routing):
         a, b = stacked_a.view(experts, rank, HIDDEN), stacked_b.view(HIDDEN, experts, rank)
         u = torch.einsum("th,erh->ter", x, a)
-        return (torch.einsum("ter,te,oer->to", u, dense(weights, indices), b),)
+        return (torch.einsum("ter,te,oer->to", u, dense(*routing), b),)
 
-    def loop(x, weights, indices):
+    def loop(x, weights, indices=None):
         y = torch.zeros_like(x)
         for e, (a, b) in enumerate(zip(factors_a, factors_b)):
+            if indices is None:
+                y = y + x @ a.T @ b.T * weights[:, e, None]
+                continue
             token, slot = torch.where(indices == e)
             part = x[token] @ a.T @ b.T
             y = y.index_add(0, token, part * weights[token, slot, None])
         return (y,)
 
-    def ours(x, weights, indices):
-        return (lora_mix(x, factors_a, factors_b, weights, indices),)
+    def ours(x, *routing):
+        return (lora_mix(x, factors_a, factors_b, *routing),)
 
     return Row(
         name=name_of("lora_mix", backward, experts, slots, tokens),

@@ -20,9 +20,8 @@ from torch import nn
 
 import torch_routers as tr
 
-from .bench_lora_layers import ALPHA, EXPERTS, HIDDEN, RANK, adapters, layer, trained
-from .bench_moe import grad_mode
-from .harness import Options, Row, name_of
+from .bench_lora_layers import ALPHA, EXPERTS, HIDDEN, RANK, adapters, layer, row, trained
+from .harness import Options, Row
 
 INTERMEDIATE, TOP_K, SAMPLES = 2048, 2, 4
 MLP = ["gate_proj", "up_proj", "down_proj"]
@@ -53,20 +52,6 @@ def imported(name: str) -> ModuleType | None:
         return importlib.import_module(name)
     except ImportError:  # an optional package, or one that misses another
         return None
-
-
-def row(name, slots, tokens, backward, inputs, ours, baselines, parameters) -> Row:
-    return Row(
-        name=name_of(name, backward, EXPERTS, slots, tokens),
-        inputs=inputs,
-        ours=grad_mode(ours, backward),
-        baselines={name: grad_mode(f, backward) for name, f in baselines.items()},
-        backward=backward,
-        parameters=parameters,
-        tolerance=1e-4,
-        max_rounds=9 if tokens > 1000 else 1000,
-        matmul_precision="medium",
-    )
 
 
 def hidden_states(tokens: int) -> torch.Tensor:
@@ -127,13 +112,13 @@ def x_lora(peft, top_k: int | None, tokens: int, backward: bool) -> Row:
 
     return row(
         "layer, X-LoRA,",
-        top_k or EXPERTS,
         tokens,
         backward,
         inputs,
         ours,
         {"PEFT": lambda x, scalings: (of_peft.forward(x, scalings=scalings.unsqueeze(2)),)},
         trained(*(module for pair in pairs for module in pair)),
+        slots=top_k or EXPERTS,
     )
 
 
@@ -172,7 +157,6 @@ def x_lora_model(peft, transformers, tokens: int, backward: bool) -> Row:
     nn.init.zeros_(classifier.bias)
     return row(
         "Llama of two layers, X-LoRA,",
-        EXPERTS,
         tokens,
         backward,
         lambda: (torch.randint(vocabulary, (SAMPLES, tokens // SAMPLES)),),
@@ -206,13 +190,13 @@ def mixlora_mlp(transformers, mixlora, moe_peft, tokens: int, backward: bool) ->
         baselines["moe_peft"] = mixlora_of_moe_peft(moe_peft, base, layers, gate)
     return row(
         "MLP, MixLoRA,",
-        TOP_K,
         tokens,
         backward,
         lambda: (hidden_states(tokens),),
         lambda x: (model(x),),
         baselines,
         trained(model),
+        slots=TOP_K,
     )
 
 
@@ -265,13 +249,13 @@ def of_moe_peft(moe_peft, name: str, tokens: int, backward: bool) -> Row:
     call = call_of(moe_peft)
     return row(
         f"layer, {'LoRAMoE' if name == 'loramoe' else 'MoLA'},",
-        EXPERTS if name == "loramoe" else TOP_K,
         tokens,
         backward,
         lambda: (hidden_states(tokens),),
         lambda x: (model(x),),
         {"moe_peft": lambda x: (linear(x, call),)},
         trained(model),
+        slots=EXPERTS if name == "loramoe" else TOP_K,
     )
 
 

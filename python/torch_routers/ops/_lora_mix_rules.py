@@ -36,9 +36,9 @@ class _Way:
 
 
 class Stacked(_Way):
-    """``gates``: the weights of all experts, [tokens, experts]; ``selected``: which of them count.
+    """``gates``: the weights of all experts, [tokens, experts]; the routing: which of them count.
 
-    ``all_learn``: weights that do not count have gradients too.
+    Without a routing all do. ``all_learn``: weights that do not count have gradients too.
     """
 
     def __init__(self, ranks, device, all_learn):
@@ -53,40 +53,43 @@ class Stacked(_Way):
     def _of_ranks(self, of_experts):
         return of_experts.index_select(1, self.tensor)
 
-    def _gated(self, u, of_ranks, chosen, dtype):
+    def _of_chosen(self, routing, values, others=0):
         """What is not chosen is left out: multiplied by 0 it could be NaN."""
-        if self.all_learn:
-            return (u.where(chosen, u.nan_to_num(0, 0, 0)) * of_ranks).to(dtype)
-        return torch.where(chosen, u * of_ranks, 0).to(dtype)
+        return torch.where(self._of_ranks(*routing), values, others) if routing else values
+
+    def _finite(self, routing, u):
+        """Where what is not chosen is multiplied after all."""
+        if not (self.all_learn and routing):
+            return u
+        return self._of_chosen(routing, u, u.nan_to_num(0, 0, 0))
+
+    def _gated(self, u, gates, routing, dtype):
+        gated = self._finite(routing, u) * self._of_ranks(gates)
+        return (gated if self.all_learn else self._of_chosen(routing, gated)).to(dtype)
 
     def compose(self, x, gates, routing, factors_a, factors_b):
-        chosen = self._of_ranks(*routing)
         u = (x @ self._stacked(factors_a, 0, x.dtype).T).to(gates.dtype)
-        gated = self._gated(u, self._of_ranks(gates), chosen, x.dtype)
-        return gated @ self._stacked(factors_b, 1, x.dtype).T
+        return self._gated(u, gates, routing, x.dtype) @ self._stacked(factors_b, 1, x.dtype).T
 
     def forward(self, x, gates, routing, factors_a, factors_b):
         u = x @ self._stacked(factors_a, 0, x.dtype).T
-        of_ranks, chosen = self._of_ranks(gates), self._of_ranks(*routing)
-        gated = self._gated(u.to(gates.dtype), of_ranks, chosen, x.dtype)
+        gated = self._gated(u.to(gates.dtype), gates, routing, x.dtype)
         return gated @ self._stacked(factors_b, 1, x.dtype).T, u
 
     def backward(self, grad, needs, x, gates, routing, u, factors_a, factors_b):
-        of_ranks, chosen = self._of_ranks(gates), self._of_ranks(*routing)
         u, grad_x, grad_gates, grad_a, grad_b = u.to(gates.dtype), None, None, None, None
         if needs.b:
-            gated = self._gated(u, of_ranks, chosen, x.dtype)
+            gated = self._gated(u, gates, routing, x.dtype)
             grad_b = self.split(grad.T @ gated, factors_b, 1)
         if needs.x or needs.gates or needs.a:
             v = (grad @ self._stacked(factors_b, 1, x.dtype)).to(gates.dtype)
         if needs.gates:
-            if self.all_learn:
-                products = u.where(chosen, u.nan_to_num(0, 0, 0)) * v
-            else:
-                products = torch.where(chosen, u * v, 0)
+            products = self._finite(routing, u) * v
+            if not self.all_learn:
+                products = self._of_chosen(routing, products)
             grad_gates = torch.zeros_like(gates).index_add(1, self.tensor, products)
         if needs.x or needs.a:
-            grad_u = torch.where(chosen, v * of_ranks, 0).to(x.dtype)
+            grad_u = self._of_chosen(routing, v * self._of_ranks(gates)).to(x.dtype)
             if needs.x:
                 grad_x = grad_u @ self._stacked(factors_a, 0, x.dtype)
             if needs.a:

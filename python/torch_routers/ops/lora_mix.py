@@ -216,10 +216,14 @@ def _stacked(x, factors_a, factors_b, gates, indices, scaling, all_learn):
         gates, selected = _of_all_experts(gates, indices, len(factors_a))
     if scaling is not None:
         gates = gates * gates.new_tensor(scaling)
-    plain = not all_learn and is_plain(x, gates, (*factors_a, *factors_b))
-    ranks = _ranks(factors_a, selected.any(0) if plain else None)
+    plain = is_plain(x, gates, (*factors_a, *factors_b))
+    if plain and shapes_may_depend_on(selected) and bool(selected.all()):
+        routing, ranks = (), _ranks(factors_a, None)
+    else:
+        routing = (selected,)
+        ranks = _ranks(factors_a, selected.any(0) if plain and not all_learn else None)
     way = Stacked(ranks, x.device, all_learn)
-    return mixture(way, x, gates, (selected,), factors_a, factors_b)
+    return mixture(way, x, gates, routing, factors_a, factors_b)
 
 
 def _of_all_experts(gates, indices, num_experts):
