@@ -36,9 +36,8 @@ struct LoraInputs {
     check_shape(op, "x", x, x.dim() > 0, "[..., in_features]");
     check_floating(op, "x", x);
     check(experts() > 0 && b.size() == a.size(), op,
-          ": expected factors_a and factors_b of as many "
-          "experts, at least one, got ",
-          a.size(), " and ", b.size());
+          ": expected factors of at least one expert, as many factors_b as factors_a, got ",
+          b.size(), " and ", a.size());
     for (std::int64_t e = 0; e < experts(); ++e) {
       const bool fits = a[e].dim() == 2 && b[e].dim() == 2 && a[e].size(1) == in_features() &&
                         b[e].size(1) == a[e].size(0) && b[e].size(0) == b[0].size(0);

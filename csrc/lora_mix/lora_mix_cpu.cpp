@@ -174,8 +174,8 @@ void add_columns(const LoraInfer<T>& p, int64_t e, int64_t first, int64_t f, int
     if constexpr (count > 1)
       for (int n = 1; n < count; n *= 2) unzip<count>(columns);
   } else {
-    for (int i = 0; i < kSize;
-         ++i, from += rank) {  // with what is behind: columns that nobody reads
+    for (int i = 0; i < kSize; ++i, from += rank) {
+      // With numbers of the next row, which become columns that nobody reads.
       const int64_t size = i < features ? std::min<int64_t>(kSize, end - from) : 0;
       columns[i] = size == kSize ? load_block(from) : load_block(from, size);
     }
