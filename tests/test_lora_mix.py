@@ -1,6 +1,7 @@
 """What is true of lora_mix alone: its two ways, what it keeps, and who learns."""
 
 import itertools
+from functools import partial
 
 import pytest
 import torch
@@ -272,14 +273,16 @@ def test_compiles_whole_with_and_without_gradients(way):
     assert_close(actual, of_eager)
 
 
-# ---- where nothing is learned --------------------------------------------------------------------
+# ---- inference -----------------------------------------------------------------------------------
+
+infer = partial(lora_mix, inference=True)
 
 
 @pytest.mark.parametrize("dtype", [F64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("ranks", [RANKS, [2] * 5, [16] * 5])
 @pytest.mark.parametrize("tokens", [1, TOKENS, 1030])
 @pytest.mark.parametrize("dense", [False, True])
-def test_without_gradients_the_result_is_the_same(dtype, ranks, tokens, dense):
+def test_inference_has_the_same_result(dtype, ranks, tokens, dense):
     """In one call, of many tokens in several parts; with parameters in another dtype too."""
     x, _, _, weights, indices = problem(dtype, tokens=tokens)
     _, a, b, *_ = problem(torch.float32, ranks)
@@ -290,9 +293,9 @@ def test_without_gradients_the_result_is_the_same(dtype, ranks, tokens, dense):
         routing = of_all_experts(*routing), None
     expected = lora_mix(x, a, b, *routing, scaling=scaling, strategy="segmented").detach()
     with torch.no_grad():
-        y = lora_mix(x, a, b, *routing, scaling=scaling)
+        y = infer(x, a, b, *routing, scaling=scaling)
         folded = [None if v is None else v.unflatten(0, (1, -1, 1)) for v in (x, *routing)]
-        of_samples = lora_mix(folded[0], a, b, *folded[1:], scaling=scaling)
+        of_samples = infer(folded[0], a, b, *folded[1:], scaling=scaling)
     assert y.dtype == dtype and torch.equal(y, of_samples.flatten(0, 2))
     tolerance = {torch.bfloat16: 2e-2, torch.float16: 2e-3}.get(
         dtype, 1e-5 if dtype != F64 else 1e-7
@@ -301,17 +304,17 @@ def test_without_gradients_the_result_is_the_same(dtype, ranks, tokens, dense):
 
 
 @torch.no_grad()
-def test_without_gradients_a_token_does_not_depend_on_the_others():
+def test_inference_of_a_token_does_not_depend_on_the_others():
     """However many they are, and how threads share the work."""
     x, a, b, weights, _ = problem(torch.float32, [16, 0, 12, 8, 3], tokens=600)
     indices = seeded(600, 5, seed=5).topk(SLOTS).indices
     threads, some = torch.get_num_threads(), [0, 300, 599]
     try:
         torch.set_num_threads(1)
-        y = lora_mix(x, a, b, weights, indices)
-        alone = [lora_mix(x[t : t + 1], a, b, weights[t : t + 1], indices[t : t + 1]) for t in some]
+        y = infer(x, a, b, weights, indices)
+        alone = [infer(x[t : t + 1], a, b, weights[t : t + 1], indices[t : t + 1]) for t in some]
         torch.set_num_threads(3)
-        assert torch.equal(lora_mix(x, a, b, weights, indices), y)
+        assert torch.equal(infer(x, a, b, weights, indices), y)
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(torch.cat(alone), y[some])
@@ -319,30 +322,45 @@ def test_without_gradients_a_token_does_not_depend_on_the_others():
 
 @torch.no_grad()
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-def test_without_gradients_what_was_not_selected_is_not_seen(bad):
+def test_inference_does_not_see_what_was_not_selected(bad):
     x, a, b, weights, indices = problem()
-    expected = lora_mix(x, a, b, weights, indices)
+    expected = infer(x, a, b, weights, indices)
     a[2].fill_(bad)
     b[4].fill_(bad)
     x[3] = bad  # has no expert
-    assert_close(lora_mix(x, a, b, weights, indices), expected)
+    assert_close(infer(x, a, b, weights, indices), expected)
 
 
 @torch.no_grad()
-def test_without_gradients_factors_may_lie_anywhere():
+def test_inference_reads_factors_wherever_they_lie():
     x, a, b, weights, indices = problem(ranks=[4] * 5)
-    expected = lora_mix(x, a, b, weights, indices)
+    expected = infer(x, a, b, weights, indices)
     a, b = [v.T.contiguous().T for v in a], list(torch.cat(b, 1).split(4, 1))
     wide = torch.stack([x, x], -1)[..., 0]
-    assert_close(lora_mix(wide, a, b, weights, indices.T.contiguous().T), expected)
+    assert_close(infer(wide, a, b, weights, indices.T.contiguous().T), expected)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("wrong", [5, -2])
-def test_without_gradients_indices_are_looked_at(wrong):
+def test_inference_looks_at_indices(wrong):
     x, a, b, weights, _ = problem(tokens=1)
     with pytest.raises(ValueError, match=rf"lora_mix: expected indices in .*, got {wrong}"):
-        lora_mix(x, a, b, weights, torch.tensor([[0, wrong]]))
+        infer(x, a, b, weights, torch.tensor([[0, wrong]]))
+
+
+def test_what_may_be_computed_again_has_the_same_bits():
+    """Under ``no_grad`` alone: a reentrant checkpoint runs it first so, and then with gradients."""
+    x, a, b, weights, indices = problem(torch.float32, [16, 0, 12, 8, 3])
+    learning = lora_mix(x, a, b, weights, indices)
+    with torch.no_grad():
+        assert torch.equal(lora_mix(x, a, b, weights, indices), learning)
+        told = infer(x, a, b, weights, indices)
+        assert torch.equal(lora_mix(x, a, b, weights, indices, inference=False), learning)
+    with torch.inference_mode():
+        assert torch.equal(lora_mix(x, a, b, weights, indices), told)
+    frozen = [[v.detach() for v in factors] for factors in (a, b)]
+    assert torch.equal(lora_mix(x.detach(), *frozen, weights.detach(), indices), told)
+    assert not torch.equal(told, learning)  # or this test says nothing
 
 
 def test_the_operator_has_derivatives_of_its_own():

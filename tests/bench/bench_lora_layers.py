@@ -41,7 +41,7 @@ def layer(**options) -> tuple[nn.Module, tr.lora.RoutedLoraLinear]:
     )
     tr.lora.inject(model, config)
     tr.follow_inputs(model)
-    return model, model[0]
+    return model.eval(), model[0]
 
 
 def adapters(made: tr.lora.RoutedLoraLinear) -> list[tuple[nn.Linear, nn.Linear]]:
@@ -162,7 +162,6 @@ def poly(peft, tokens: int, backward: bool) -> Row:
             a, b = made.factors("default", expert)
             inner.poly_lora_A["default"][0, e].copy_(a.T)
             inner.poly_lora_B["default"][0, e].copy_(b.T)
-    model.eval()
     samples = 4
 
     def inputs():

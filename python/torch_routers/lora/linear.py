@@ -221,7 +221,11 @@ class RoutedLoraLinear(nn.Module):
             tuple(self.scaling[mix].values()),
         )
         x = F.dropout(x, self.dropout[mix], self.training)
-        added = MIXES[self.kind[mix]](x, factors, routing, scope.dense_gradient)
+        options = {
+            "router_grad": "dense" if scope.dense_gradient else "selected",
+            "inference": not self.training,
+        }
+        added = MIXES[self.kind[mix]](x, factors, routing, options)
         return y + added.to(y.dtype)
 
     # What models read of a layer that is linear, without calling it.

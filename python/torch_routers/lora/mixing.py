@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +11,9 @@ from torch import Tensor
 
 from torch_routers import ops
 from torch_routers.routing import Routing
+
+#: Of `ops.lora_mix`, for ways of mixing that come to it.
+Options = dict[str, Any]
 
 
 class Factors(NamedTuple):
@@ -24,33 +27,28 @@ class Factors(NamedTuple):
     """Of each expert."""
 
 
-def add_products(x: Tensor, factors: Factors, routing: Routing, dense_gradient: bool) -> Tensor:
+def add_products(x: Tensor, factors: Factors, routing: Routing, options: Options) -> Tensor:
     r""":math:`\sum_e w_e c_e B_e A_e x`."""
+    weights, indices = routing.weights, routing.indices
     return ops.lora_mix(
-        x,
-        factors.A,
-        factors.B,
-        routing.weights,
-        routing.indices,
-        scaling=factors.scaling,
-        router_grad="dense" if dense_gradient else "selected",
-    )
+        x, factors.A, factors.B, weights, indices, scaling=factors.scaling, **options
+    )  # fmt: skip
 
 
-def add_of_one_expert(x: Tensor, factors: Factors, routing: Routing, _: bool) -> Tensor:
+def add_of_one_expert(x: Tensor, factors: Factors, routing: Routing, options: Options) -> Tensor:
     """The same for pairs of a token and a slot, whose weights the scope multiplies by itself."""
-    return add_products(x, factors, routing, False)
+    return add_products(x, factors, routing, {**options, "router_grad": "selected"})
 
 
-def add_of_shared_a(x: Tensor, factors: Factors, routing: Routing, dense_gradient: bool) -> Tensor:
+def add_of_shared_a(x: Tensor, factors: Factors, routing: Routing, options: Options) -> Tensor:
     r""":math:`\sum_e w_e c_e B_e (A x)`, where :math:`A x`, of few numbers, is computed once."""
     (a,) = factors.A
     same = [torch.eye(len(a), dtype=a.dtype, device=a.device)] * len(factors.B)
     u = F.linear(x, a.to(x.dtype))
-    return add_products(u, factors._replace(A=same), routing, dense_gradient)
+    return add_products(u, factors._replace(A=same), routing, options)
 
 
-def add_of_mixed_factors(x: Tensor, factors: Factors, routing: Routing, _: bool) -> Tensor:
+def add_of_mixed_factors(x: Tensor, factors: Factors, routing: Routing, _: Options) -> Tensor:
     r""":math:`c (\sum_e w_e B_e) (\sum_e w_e A_e) x`, with weights of each sequence.
 
     With :math:`n` times as many weights as experts, features are split in :math:`n` parts, which
@@ -68,14 +66,14 @@ def add_of_mixed_factors(x: Tensor, factors: Factors, routing: Routing, _: bool)
     return (x @ a.mT.to(x.dtype)) @ b.mT.to(x.dtype) * factors.scaling[0]
 
 
-def add_ranks(x: Tensor, factors: Factors, routing: Routing, _: bool) -> Tensor:
+def add_ranks(x: Tensor, factors: Factors, routing: Routing, _: Options) -> Tensor:
     r""":math:`c \sum_{j \in \mathrm{top}} b_j (A x)_j`; the router has :math:`A x` already."""
     (b,) = factors.B
     u = torch.where(routing.of_experts(b.shape[1]) != 0, routing.logits, 0) * factors.scaling[0]
     return F.linear(u.to(x.dtype), b.to(x.dtype))
 
 
-MIXES: dict[str, Callable[[Tensor, Factors, Routing, bool], Tensor]] = {
+MIXES: dict[str, Callable[[Tensor, Factors, Routing, Options], Tensor]] = {
     "product": add_products,
     "shared_a": add_of_shared_a,
     "factors": add_of_mixed_factors,

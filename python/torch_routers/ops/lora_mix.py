@@ -35,6 +35,7 @@ def lora_mix(
     scaling: Sequence[float] | None = None,
     strategy: str | None = None,
     router_grad: str = "selected",
+    inference: bool | None = None,
 ) -> Tensor:
     r"""Add up, for each token, the low-rank maps of its experts, weighted.
 
@@ -52,12 +53,16 @@ def lora_mix(
         scaling: :math:`c_e` for each expert: ``alpha / rank`` of LoRA. Default: ones.
         strategy: ``"stacked"`` multiplies all tokens by all experts, and keeps what was selected.
             ``"segmented"`` computes what was selected alone. None (default) is the one that was
-            measured to be faster for such sizes; on the CPU, where nothing is learned, it is most
-            often a third one, which computes what was selected in one call.
+            measured to be faster for such sizes; for inference on the CPU that is most often a
+            third one, which computes what was selected in one call.
         router_grad: of which weights there is a gradient. ``"selected"``: of those that were
             selected; others get 0. ``"dense"``: of all, as if those that are 0 had been selected
             too, for routers that learn from the experts they did not choose. It needs weights of
             all experts, and the stacked strategy.
+        inference: whether nobody will compute the same again to learn from it, so that last bits
+            may be others than where something is learned. None (default): where nothing requires a
+            gradient, or in inference mode; not under ``torch.no_grad()`` alone, where a reentrant
+            checkpoint runs what it will run again.
 
     Returns:
         ``[..., out_features]`` in the dtype of ``x``; 0 for a token without experts.
@@ -89,7 +94,7 @@ def lora_mix(
         dtype = autocast_dtype(x)
         if dtype is not None and x.dtype != torch.float64:
             x = x.to(dtype)
-    if strategy is None and _is_inference(x, weights, factors_a, factors_b):
+    if strategy is None and _is_inference(inference, x, weights, factors_a, factors_b):
         few = 16 if x.dtype.itemsize == 2 else 256  # processors have products of 16-bit matrices
         if weights.shape[:-1].numel() <= few or _is_sparse(weights, indices, len(factors_a)):
             return _infer(x, factors_a, factors_b, weights, indices, scaling)
@@ -153,12 +158,14 @@ def _infer_backward(ctx, grad):
 torch.library.register_autograd(_infer_op._schema.name, _infer_backward, setup_context=_setup_infer)
 
 
-def _is_inference(x, weights, factors_a, factors_b):
+def _is_inference(told, x, weights, factors_a, factors_b):
     """Whether nothing is learned, and nobody wants to see how it is computed."""
     tensors = x, weights, *factors_a, *factors_b
     if not (x.is_cpu and is_plain(x, weights, tensors[2:])):
         return False
-    return not (torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors))
+    if torch.is_grad_enabled():
+        return told is not False and not torch._C._any_requires_grad(*tensors)
+    return torch.is_inference_mode_enabled() if told is None else told
 
 
 def _infer(x, factors_a, factors_b, weights, indices, scaling):
