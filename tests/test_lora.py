@@ -63,6 +63,29 @@ def train(model, ids, mask, **context):
     return loss
 
 
+@torch.no_grad()
+def test_a_layer_in_evaluation_says_that_it_is_for_inference():
+    """In training it may be a checkpoint, which computes the same again."""
+    model = nn.Sequential(nn.Linear(64, 48))
+    options = {"init_lora_weights": False, "losses": []}
+    tr.lora.inject(model, config(target_modules=["0"], r=16, **options))
+    layer, x = model[0], seeded(20, 64).float()
+    routing = layer.scope("default").router(x)
+    factors = zip(*(layer.factors("default", expert) for expert in layer.experts("default")))
+    a, b = map(list, factors)
+    scaling = list(layer.scaling["default"].values())
+
+    def expected(inference):
+        added = tr.ops.lora_mix(
+            x, a, b, routing.weights, routing.indices, scaling=scaling, inference=inference
+        )
+        return layer.base_layer(x) + added
+
+    assert not torch.equal(expected(True), expected(False))  # or this test says nothing
+    for training in True, False:
+        assert torch.equal(model.train(training)(x), expected(not training))
+
+
 def trained(model):
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 

@@ -1,4 +1,4 @@
-"""What is true of lora_mix alone: its two ways, what it keeps, and who learns."""
+"""What is true of lora_mix alone: its ways, what it keeps, and who learns."""
 
 import itertools
 from functools import partial
@@ -128,6 +128,15 @@ def test_what_overflows_for_one_token_is_not_seen_by_others(way):
     assert y.isfinite().all()
     grads = torch.autograd.grad(y.sum(), (weights, *b))
     assert all(g.isfinite().all() for g in grads)
+
+
+def test_what_overflows_without_a_weight_is_not_seen_where_all_learn():
+    x, a, b, weights, indices = problem(torch.float32)
+    dense = of_all_experts(weights, indices).detach().requires_grad_()
+    with torch.no_grad():
+        x.mul_(1e20)
+        a[2].fill_(1e20)  # no token has expert 2
+    assert lora_mix(x, a, b, dense, router_grad="dense").isfinite().all()
 
 
 # ---- whose weights learn -------------------------------------------------------------------------
@@ -359,7 +368,8 @@ def test_what_may_be_computed_again_has_the_same_bits():
     with torch.inference_mode():
         assert torch.equal(lora_mix(x, a, b, weights, indices), told)
     frozen = [[v.detach() for v in factors] for factors in (a, b)]
-    assert torch.equal(lora_mix(x.detach(), *frozen, weights.detach(), indices), told)
+    call = partial(lora_mix, x.detach(), *frozen, weights.detach(), indices)
+    assert torch.equal(call(), told) and torch.equal(call(inference=False), learning)
     assert not torch.equal(told, learning)  # or this test says nothing
 
 

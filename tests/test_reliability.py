@@ -335,7 +335,7 @@ SAID = {
 
 def checks():
     """The fixed parts of each message in the sources, by place."""
-    sources = [CSRC.glob(f"*/*_{suffix}") for suffix in ("op.cpp", "check.h", "engine.h")]
+    sources = [CSRC.glob(f"*/*_{suffix}") for suffix in ("op.cpp", "check.h", "engine.h", "plan.h")]
     for path in sorted(itertools.chain(*sources)):
         text = path.read_text()
         for match in re.finditer(rf"\b(check|{'|'.join(SAID)})\(", text):
@@ -348,7 +348,7 @@ def checks():
             if match[1] == "check":
                 yield place, [x for x in literals if " " in x]  # else one of several words
                 continue
-            named = re.match(r'(op,\s*)?"', text[match.end() :])
+            named = re.match(r'((plan\.)?op,\s*)?"', text[match.end() :])
             name, words = (literals[0], literals[1:]) if named else ("", literals)
             for said in SAID[match[1]]:
                 yield place, [f"expected {name}", said, *(words if said == " of shape " else ())]

@@ -2,7 +2,7 @@
 // lie. On the CPU alone.
 #include <torch/csrc/stable/library.h>
 
-#include "lora_mix/lora_infer_inputs.h"
+#include "lora_mix/lora_infer_check.h"
 
 namespace torch_routers {
 namespace {

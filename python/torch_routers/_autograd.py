@@ -182,6 +182,8 @@ def vmap_by_loop(call: Callable) -> Callable:
 
 def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
     """The dtype that autocast asks for where ``x`` is; None outside autocast."""
+    if not (torch.compiler.is_compiling() or _is_any_autocast_enabled()):
+        return None  # the questions below take longer than a small kernel
     device = x.device.type
     enabled = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     return torch.get_autocast_dtype(device) if enabled else None

@@ -30,9 +30,8 @@ class Factors(NamedTuple):
 def add_products(x: Tensor, factors: Factors, routing: Routing, options: Options) -> Tensor:
     r""":math:`\sum_e w_e c_e B_e A_e x`."""
     weights, indices = routing.weights, routing.indices
-    return ops.lora_mix(
-        x, factors.A, factors.B, weights, indices, scaling=factors.scaling, **options
-    )  # fmt: skip
+    a, b, scaling = factors
+    return ops.lora_mix(x, a, b, weights, indices, scaling=scaling, **options)
 
 
 def add_of_one_expert(x: Tensor, factors: Factors, routing: Routing, options: Options) -> Tensor:

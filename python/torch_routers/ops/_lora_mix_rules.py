@@ -53,43 +53,43 @@ class Stacked(_Way):
     def _of_ranks(self, of_experts):
         return of_experts.index_select(1, self.tensor)
 
-    def _of_chosen(self, routing, values, others=0):
+    def _for_ranks(self, gates, routing):
+        """The gate of each rank, and whether it counts; None where all do."""
+        return self._of_ranks(gates), self._of_ranks(*routing) if routing else None
+
+    def _of_chosen(self, chosen, values):
         """What is not chosen is left out: multiplied by 0 it could be NaN."""
-        return torch.where(self._of_ranks(*routing), values, others) if routing else values
+        return values if chosen is None else torch.where(chosen, values, 0)
 
-    def _finite(self, routing, u):
-        """Where what is not chosen is multiplied after all."""
-        if not (self.all_learn and routing):
-            return u
-        return self._of_chosen(routing, u, u.nan_to_num(0, 0, 0))
-
-    def _gated(self, u, gates, routing, dtype):
-        gated = self._finite(routing, u) * self._of_ranks(gates)
-        return (gated if self.all_learn else self._of_chosen(routing, gated)).to(dtype)
+    def _weighed(self, u, by, chosen):
+        """Products of what is chosen, or where all learn of all, as far as it is finite."""
+        if not self.all_learn:
+            return self._of_chosen(chosen, u * by)
+        return (u if chosen is None else torch.where(chosen, u, u.nan_to_num(0, 0, 0))) * by
 
     def compose(self, x, gates, routing, factors_a, factors_b):
         u = (x @ self._stacked(factors_a, 0, x.dtype).T).to(gates.dtype)
-        return self._gated(u, gates, routing, x.dtype) @ self._stacked(factors_b, 1, x.dtype).T
+        gated = self._weighed(u, *self._for_ranks(gates, routing)).to(x.dtype)
+        return gated @ self._stacked(factors_b, 1, x.dtype).T
 
     def forward(self, x, gates, routing, factors_a, factors_b):
         u = x @ self._stacked(factors_a, 0, x.dtype).T
-        gated = self._gated(u.to(gates.dtype), gates, routing, x.dtype)
+        gated = self._weighed(u.to(gates.dtype), *self._for_ranks(gates, routing)).to(x.dtype)
         return gated @ self._stacked(factors_b, 1, x.dtype).T, u
 
     def backward(self, grad, needs, x, gates, routing, u, factors_a, factors_b):
+        of_ranks, chosen = self._for_ranks(gates, routing)
         u, grad_x, grad_gates, grad_a, grad_b = u.to(gates.dtype), None, None, None, None
         if needs.b:
-            gated = self._gated(u, gates, routing, x.dtype)
+            gated = self._weighed(u, of_ranks, chosen).to(x.dtype)
             grad_b = self.split(grad.T @ gated, factors_b, 1)
         if needs.x or needs.gates or needs.a:
             v = (grad @ self._stacked(factors_b, 1, x.dtype)).to(gates.dtype)
         if needs.gates:
-            products = self._finite(routing, u) * v
-            if not self.all_learn:
-                products = self._of_chosen(routing, products)
+            products = self._weighed(u, v, chosen)
             grad_gates = torch.zeros_like(gates).index_add(1, self.tensor, products)
         if needs.x or needs.a:
-            grad_u = self._of_chosen(routing, v * self._of_ranks(gates)).to(x.dtype)
+            grad_u = self._of_chosen(chosen, v * of_ranks).to(x.dtype)
             if needs.x:
                 grad_x = grad_u @ self._stacked(factors_a, 0, x.dtype)
             if needs.a:

@@ -4,7 +4,8 @@ r"""A mixture of low-rank experts: what a layer of routed LoRAs adds to a linear
 
 Two ways that compute the same. *Stacked*: the experts' ranks side by side, two matrix products for
 all tokens and experts, and between them the choice of what each token gets. *Segmented*: each token
-meets its own experts only, without a copy of it per expert; see `_lora_mix_rules`.
+meets its own experts only, without a copy of it per expert; see `_lora_mix_rules`. For inference on
+the CPU there is a third, one call that stacks nothing and keeps nothing.
 """
 
 from collections.abc import Sequence
@@ -12,13 +13,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from torch_routers._autograd import autocast_dtype, shapes_may_depend_on
+from torch_routers._autograd import (
+    _any_requires_grad,
+    _below_autograd,
+    autocast_dtype,
+    shapes_may_depend_on,
+)
 from torch_routers.ops._check import dtype_name
 from torch_routers.ops._lora_mix_rules import Segmented, Stacked, is_plain, mixture
 from torch_routers.ops.expert_plan import expert_plan, expert_plan_from_weights
 
 _infer_op = torch.ops.torch_routers._lora_infer.default
-_below_autograd = torch._C._AutoDispatchBelowAutograd
 
 _DTYPES = torch.float32, torch.float64, torch.bfloat16, torch.float16
 _STRATEGIES = "stacked", "segmented"
@@ -90,10 +95,9 @@ def lora_mix(
             [ 3.]])
     """
     _check_options(indices, strategy, router_grad)
-    if torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled():
-        dtype = autocast_dtype(x)
-        if dtype is not None and x.dtype != torch.float64:
-            x = x.to(dtype)
+    dtype = autocast_dtype(x)
+    if dtype is not None and x.dtype != torch.float64:
+        x = x.to(dtype)
     if strategy is None and _is_inference(inference, x, weights, factors_a, factors_b):
         few = 16 if x.dtype.itemsize == 2 else 256  # processors have products of 16-bit matrices
         if weights.shape[:-1].numel() <= few or _is_sparse(weights, indices, len(factors_a)):
@@ -127,7 +131,7 @@ def _wide(x):
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-# ---- where nothing is learned --------------------------------------------------------------------
+# ---- inference -----------------------------------------------------------------------------------
 
 
 @torch.library.register_fake(_infer_op)
@@ -164,7 +168,7 @@ def _is_inference(told, x, weights, factors_a, factors_b):
     if not (x.is_cpu and is_plain(x, weights, tensors[2:])):
         return False
     if torch.is_grad_enabled():
-        return told is not False and not torch._C._any_requires_grad(*tensors)
+        return told is not False and not _any_requires_grad(*tensors)
     return torch.is_inference_mode_enabled() if told is None else told
 
 

@@ -146,6 +146,7 @@ def overloads(sample):
         weights = weights.double()
     yield infer, (x, *factors, weights, indices, [0.5, 2.0])
     yield infer, (x, *factors, weights, None, None)
+    yield infer, (x[0], *factors, weights[0], indices[0], None)
 
 
 CASES = [
